@@ -1,0 +1,1 @@
+"""What client and server share: model, layer units, data, message contract, config schema."""

@@ -1,0 +1,225 @@
+"""The schema of what client and server share: backbone, adapter, data, partition, training.
+
+Hydra composes these dataclasses from ``conf/``; their types are checked by OmegaConf, ranges and
+choices by :func:`validate`. The :class:`TaskConfig` part travels to the clients as JSON.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from task.errors import ConfigError
+
+MAX_TASK_JSON_BYTES = 65_536
+T = TypeVar("T")
+
+
+def bounded(
+    default: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare a config field with a default and the values it may take (bounds hold for list items too)."""
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most, "choices": choices}
+    metadata = {key: bound for key, bound in bounds.items() if bound is not None and bound != ()}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen Vision Transformer."""
+
+    name: str = "vit_tiny_patch16_224"
+    """timm model name, as in ``timm.create_model``."""
+    source: str = bounded("packaged", choices=("packaged", "hub", "checkpoint", "random"))
+    """Where the weights come from: with the app, timm's hub, a local safetensors file, or a seeded random draw."""
+    checkpoint: str = ""
+    """File name of the weights: inside the app for ``packaged``, else in each party's own backbone folder."""
+    image_size: int = bounded(32, at_least=8, at_most=1024)
+    """Side of the square input, pixels; position embeddings are resampled to it by timm."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of ``timm.create_model`` (patch_size, embed_dim, ...)."""
+    mean: list[float] = bounded([0.5, 0.5, 0.5], at_least=0.0, at_most=1.0)
+    """Per-channel mean subtracted from images scaled to [0, 1]."""
+    std: list[float] = bounded([0.5, 0.5, 0.5], above=0.0, at_most=1.0)
+    """Per-channel deviation that divides images scaled to [0, 1]."""
+
+
+@dataclass
+class LoraConfig:
+    """The trainable low-rank adapter (peft)."""
+
+    rank: int = bounded(8, at_least=1, at_most=1024)
+    """Rank r of every A [r, in] and B [out, r]."""
+    alpha: float = bounded(16.0, above=0.0)
+    """LoRA alpha; the product B A is scaled by alpha / rank."""
+    dropout: float = bounded(0.0, at_least=0.0, at_most=0.9)
+    """Dropout probability on the adapter's input."""
+    targets: list[str] = field(default_factory=lambda: ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+    """Endings of the names of the linear layers that get an adapter."""
+    units: str = bounded("block", choices=("block", "module"))
+    """Granularity of a layer unit: one per transformer block, or one per adapted module. The head is its own unit."""
+
+
+@dataclass
+class DatasetConfig:
+    """Labelled images and how to read them."""
+
+    name: str = "digits"
+    """Name shown to people and, for ``packaged``, which data set of the dependencies to read."""
+    source: str = bounded("packaged", choices=("packaged", "hub", "parquet", "folder"))
+    """Kind of storage: a package's own data, a hub data set, parquet files, or one folder of images per class."""
+    path: str = ""
+    """Hub repository for ``hub``. Never a path: local data lies where each node's own config says."""
+    train_split: str = "train"
+    """Hub split, or the start of the parquet file names / the sub-folder that holds the training images."""
+    test_split: str = "test"
+    """The same for the server's central test images; empty: hold out ``central_test_fraction`` of the training split."""
+    image_column: str = "image"
+    """Column with the images."""
+    label_column: str = "label"
+    """Column with the class labels."""
+    classes: list[str] = field(default_factory=list)
+    """Class names in order of their index; empty: as the data declares them."""
+    central_test_fraction: float = bounded(0.2, above=0.0, at_most=0.9)
+    """Share of the training split held out for the server where the data has no test split."""
+    client_test_fraction: float = bounded(0.2, above=0.0, at_most=0.9)
+    """Share of a client's images kept for its own evaluation."""
+    max_train_samples: int = bounded(0, at_least=0)
+    """Use a seeded subset of so many training images before partitioning; 0: all."""
+    max_test_samples: int = bounded(0, at_least=0)
+    """Use a seeded subset of so many central test images; 0: all."""
+
+
+@dataclass
+class PartitionConfig:
+    """How a data set is spread over simulated clients (flwr-datasets partitioners)."""
+
+    kind: str = bounded("dirichlet", choices=("iid", "dirichlet", "pathological", "natural", "whole"))
+    """``natural`` follows a column of the data; ``whole`` leaves every client its own data set, as in a deployment."""
+    alpha: float = bounded(0.3, above=0.0)
+    """Dirichlet concentration; smaller is more skewed."""
+    classes_per_client: int = bounded(2, at_least=1)
+    """Number of classes each client sees (pathological)."""
+    column: str = ""
+    """Column whose values separate the clients (natural)."""
+    min_samples: int = bounded(5, at_least=2)
+    """Fewest images a client may have; a partition below it is refused."""
+
+
+@dataclass
+class TrainConfig:
+    """Local training on a client."""
+
+    optimizer: str = bounded("adamw", choices=("adamw", "sgd"))
+    """Optimizer, fresh in every round."""
+    lr: float = bounded(1e-3, above=0.0)
+    """Learning rate of adapter and head."""
+    weight_decay: float = bounded(0.01, at_least=0.0)
+    """Decoupled (AdamW) or L2 (SGD) weight decay."""
+    momentum: float = bounded(0.9, at_least=0.0, at_most=0.999)
+    """Momentum (SGD)."""
+    batch_size: int = bounded(16, at_least=1)
+    """Images per optimizer step; the last batch of an epoch may be smaller."""
+    local_epochs: int = bounded(1, at_least=1)
+    """Passes over the client's training images per round."""
+    max_steps: int = bounded(0, at_least=0)
+    """End a round's training after so many optimizer steps; 0: no limit."""
+    augment: str = bounded("none", choices=("none", "flip", "crop_flip"))
+    """Augmentation of training batches: nothing, horizontal flips, or shifts by an eighth of the side and flips."""
+    device: str = bounded("auto", choices=("auto", "cpu", "cuda"))
+    """Where to train; ``auto`` takes a GPU if the process sees one."""
+
+
+@dataclass
+class TaskConfig:
+    """Everything a client needs to know of the task; sent by the server as JSON."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = bounded(0, at_least=0)
+    """Seed of every draw: initial adapter, partition, splits, cohorts, shuffling."""
+
+
+def validate(config: Any, path: str = "") -> None:
+    """Check the declared ranges and choices of a config dataclass and of those inside it.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first key whose value is out of range, the value, and what is allowed.
+    """
+    for item in dataclasses.fields(config):
+        value, name = getattr(config, item.name), f"{path}{item.name}"
+        if dataclasses.is_dataclass(value):
+            validate(value, f"{name}.")
+        for entry in value if isinstance(value, list) else [value]:
+            _check_bounds(name, entry, dict(item.metadata))
+
+
+def _check_bounds(name: str, value: Any, bounds: dict[str, Any]) -> None:
+    if "choices" in bounds and value not in bounds["choices"]:
+        raise ConfigError(f"{name}={value!r} is not one of: {', '.join(bounds['choices'])}.")
+    if isinstance(value, float) and value != value:
+        raise ConfigError(f"{name} is NaN; give a number.")
+    if "above" in bounds and not value > bounds["above"]:
+        raise ConfigError(f"{name}={value} must be greater than {bounds['above']}.")
+    if "at_least" in bounds and not value >= bounds["at_least"]:
+        raise ConfigError(f"{name}={value} must be at least {bounds['at_least']}.")
+    if "at_most" in bounds and not value <= bounds["at_most"]:
+        raise ConfigError(f"{name}={value} must be at most {bounds['at_most']}.")
+
+
+def typed(schema: type[T], values: Any) -> T:
+    """Build a config dataclass from plain values, checking keys, types, ranges and choices.
+
+    Raises
+    ------
+    ConfigError
+        On an unknown key, a value of the wrong type, or one out of range.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error
+    validate(config)
+    return config  # type: ignore[return-value]
+
+
+def task_to_json(config: TaskConfig) -> str:
+    """Serialise a task config; equal configs give equal text."""
+    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(TaskConfig)}
+    plain = {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in fields.items()}
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+
+def task_from_json(text: str) -> TaskConfig:
+    """Rebuild a task config from received JSON.
+
+    Raises
+    ------
+    ConfigError
+        If the text is too long, is not JSON, holds an interpolation (``${...}`` is never resolved on
+        a client), or does not fit the schema.
+    """
+    if len(text) > MAX_TASK_JSON_BYTES or "${" in text:
+        raise ConfigError("The received task config is too long or holds an interpolation; it was not read.")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"The received task config is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError("The received task config is not a JSON object.")
+    return typed(TaskConfig, values)

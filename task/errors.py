@@ -1,0 +1,25 @@
+"""Errors that a person is meant to read: what was wrong, where, and what to do."""
+
+
+class PetalwiseError(Exception):
+    """Base of the errors whose message is written for the user; shown without a traceback."""
+
+
+class ConfigError(PetalwiseError):
+    """A config key, value or combination that cannot be run."""
+
+
+class DataError(PetalwiseError):
+    """Data that is missing, unreadable or not what the config says."""
+
+
+class ModelError(PetalwiseError):
+    """A backbone or adapter that cannot be built as configured."""
+
+
+class MessageError(PetalwiseError):
+    """A message or reply whose content is not what the contract asks for."""
+
+
+class TooFewClientsError(PetalwiseError):
+    """Too few clients gave usable replies for the run to go on."""
