@@ -83,7 +83,7 @@ class DatasetConfig:
     train_split: str = "train"
     """Hub split, or the start of the parquet file names / the sub-folder that holds the training images."""
     test_split: str = "test"
-    """The same for the server's central test images; empty: hold out ``central_test_fraction`` of the training split."""
+    """The same for the server's central test images; empty: hold out a share of the training split."""
     image_column: str = "image"
     """Column with the images."""
     label_column: str = "label"
@@ -200,8 +200,8 @@ def typed(schema: type[T], values: Any) -> T:
 
 def task_to_json(config: TaskConfig) -> str:
     """Serialise a task config; equal configs give equal text."""
-    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(TaskConfig)}
-    plain = {key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for key, value in fields.items()}
+    names = [item.name for item in dataclasses.fields(TaskConfig)]
+    plain = {name: value for name, value in dataclasses.asdict(config).items() if name in names}
     return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 

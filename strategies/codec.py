@@ -1,0 +1,84 @@
+"""Between Flower's array records and the flat tensor a strategy computes with."""
+
+import warnings
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord
+
+from task.errors import MessageError
+from task.messages import FLAT, array_to_flat, flat_to_array
+from task.units import Layout, make_layout
+
+MAX_NAMED_ARRAYS = 100_000
+
+
+class Codec:
+    """Encode and decode a model as one flat array (this app) or as named arrays (any Flower app).
+
+    Parameters
+    ----------
+    example : ArrayRecord
+        The initial arrays; later records must have the same keys, shapes and dtypes.
+    layout : Layout, optional
+        Index of the flat array; without it every array of ``example`` is laid out by its name.
+
+    Raises
+    ------
+    MessageError
+        If an array is not float32, or the flat array does not fit the layout.
+    """
+
+    def __init__(self, example: ArrayRecord, layout: Layout | None = None) -> None:
+        self.packed = list(example) == [FLAT]
+        if layout is None:
+            layout = make_layout({name: array.shape for name, array in example.items()})
+        self.layout = layout
+        self.decode(example)
+
+    def encode(self, flat: torch.Tensor) -> ArrayRecord:
+        """Write a flat tensor [layout.size] as a record."""
+        if self.packed:
+            return ArrayRecord({FLAT: flat_to_array(flat.numpy())})
+        return ArrayRecord({name: Array(view.numpy()) for name, view in self.layout.views(flat).items()})
+
+    def decode(self, record: ArrayRecord) -> torch.Tensor:
+        """Read a record as a flat float32 tensor [layout.size]; a view of the received bytes where it is packed.
+
+        Raises
+        ------
+        MessageError
+            If keys, shapes, dtypes or byte counts are not those of the layout.
+        """
+        if self.packed:
+            if list(record) != [FLAT]:
+                raise MessageError(f"Expected one array named {FLAT!r}, got {len(record)}: {list(record)[:3]}.")
+            return _tensor(array_to_flat(record[FLAT], self.layout.size))
+        return self._decode_named(record)
+
+    def _decode_named(self, record: ArrayRecord) -> torch.Tensor:
+        expected = {spec.name: spec for spec in self.layout.tensors}
+        if set(record) != set(expected):
+            missing, extra = sorted(set(expected) - set(record)), sorted(set(record) - set(expected))
+            raise MessageError(f"Array keys differ: missing {missing[:3]}, unexpected {extra[:3]}.")
+        flat = torch.empty(self.layout.size, dtype=torch.float32)
+        for name, spec in expected.items():
+            array = record[name]
+            if array.dtype != "float32" or tuple(array.shape) != spec.shape:
+                raise MessageError(
+                    f"{name!r} is {array.dtype} {list(array.shape)}, expected float32 {list(spec.shape)}."
+                )
+            if len(array.data) > 4 * spec.size + 4096:
+                raise MessageError(f"{name!r} holds {len(array.data)} bytes, expected about {4 * spec.size}.")
+            values = array.numpy()
+            if values.dtype != np.float32 or values.shape != spec.shape:
+                raise MessageError(f"{name!r} does not hold what its header says.")
+            flat[spec.offset : spec.offset + spec.size] = _tensor(values.reshape(-1))
+        return flat
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    """View NumPy values as a tensor; received bytes are read-only and are only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(values)

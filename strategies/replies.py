@@ -1,0 +1,148 @@
+"""Every reply is checked before it counts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import torch
+from flwr.app import ConfigRecord, Message, MetricRecord
+
+from strategies.codec import Codec
+from strategies.cohort import ClientDirectory, identity_order
+from task.errors import MessageError
+from task.messages import ARRAYS, CONFIG, number_field, received_config, received_metrics, text_field
+
+MAX_EXAMPLES = 10**9
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client sends back after local training."""
+
+    client: str
+    """The client's identity."""
+    flat: torch.Tensor
+    """Adapter and head after local training, float32 [layout.size]; read only."""
+    num_examples: int
+    """Number of training examples, positive."""
+    metrics: MetricRecord
+    """All metrics of the reply."""
+    config: ConfigRecord
+    """The reply's config record; empty where an app sends none."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one client measured on its own test images."""
+
+    client: str
+    """The client's identity."""
+    num_examples: int
+    """Number of test images, positive."""
+    accuracy: float
+    """Share classified correctly, in [0, 1]."""
+    loss: float
+    """Mean cross-entropy."""
+
+
+R = TypeVar("R")
+
+
+@dataclass
+class Collected(Generic[R]):
+    """Good replies in identity order, and why the others were dropped."""
+
+    good: list[R] = field(default_factory=list)
+    """Checked replies."""
+    dropped: dict[str, str] = field(default_factory=dict)
+    """Reason by identity."""
+
+
+def replies_by_client(
+    replies: Iterable[Message], directory: ClientDirectory, expected: Iterable[str]
+) -> tuple[dict[str, Message], dict[str, str]]:
+    """Sort replies into those with content and the reasons of those without, missing ones included.
+
+    Parameters
+    ----------
+    replies : Iterable[Message]
+        In any order.
+    directory : ClientDirectory
+        Knows whose reply each is.
+    expected : Iterable[str]
+        The clients that were sent a message.
+
+    Returns
+    -------
+    tuple[dict[str, Message], dict[str, str]]
+        Replies by identity, in identity order, and reasons by identity.
+    """
+    answered: dict[str, Message] = {}
+    failed: dict[str, str] = {}
+    for reply in replies:
+        client = directory.identity_of(reply) or f"node-{reply.metadata.src_node_id}"
+        if reply.has_error():
+            failed[client] = f"error {reply.error.code}: {reply.error.reason}"
+        else:
+            answered[client] = reply
+    missing = {client: "no reply within the timeout" for client in expected if client not in {**answered, **failed}}
+    return {name: answered[name] for name in sorted(answered, key=identity_order)}, {**failed, **missing}
+
+
+def check_update(reply: Message, client: str, codec: Codec, base: str) -> Update:
+    """Check a train reply: keys, shapes, dtypes, finite values, number of examples, base model.
+
+    Raises
+    ------
+    MessageError
+        Saying what is wrong with it.
+    """
+    arrays = list(reply.content.array_records.values())
+    if len(arrays) != 1:
+        raise MessageError(f"the reply has {len(arrays)} array records, expected one ({ARRAYS!r}).")
+    config = reply.content.config_records.get(CONFIG, ConfigRecord())
+    if base:
+        theirs, digest = text_field(received_config(reply), "base"), text_field(config, "layout")
+        if theirs != base:
+            raise MessageError(f"its frozen backbone has hash {theirs[:12]}, the server's {base[:12]}.")
+        if digest != codec.layout.digest:
+            raise MessageError("its adapter has another layout (rank, targets or number of classes) than the server's.")
+    metrics = _metrics(reply)
+    flat = codec.decode(arrays[0])
+    if not bool(torch.isfinite(flat).all()):
+        raise MessageError(f"its update is not finite, in {', '.join(_not_finite(flat, codec)[:3])}.")
+    return Update(client, flat, _num_examples(metrics), metrics, config)
+
+
+def check_evaluation(reply: Message, client: str, prefix: str = "") -> Evaluation:
+    """Check the evaluation in a reply; ``prefix`` leads its keys where it came along with training.
+
+    Raises
+    ------
+    MessageError
+        Saying what is wrong with it.
+    """
+    metrics = _metrics(reply)
+    accuracy = float(number_field(metrics, f"{prefix}accuracy"))
+    if not 0.0 <= accuracy <= 1.0:
+        raise MessageError(f"its accuracy is {accuracy}, outside [0, 1].")
+    loss = float(number_field(metrics, f"{prefix}loss"))
+    return Evaluation(client, _num_examples(metrics, f"{prefix}num-examples"), accuracy, loss)
+
+
+def _metrics(reply: Message) -> MetricRecord:
+    """Take the reply's metrics; an app of other habits may name the record as it likes."""
+    records = list(reply.content.metric_records.values())
+    return records[0] if len(records) == 1 else received_metrics(reply)
+
+
+def _num_examples(metrics: MetricRecord, key: str = "num-examples") -> int:
+    count = number_field(metrics, key)
+    if count != int(count) or not 0 < count <= MAX_EXAMPLES:
+        raise MessageError(f"its {key!r} is {count}, not a whole number from 1 to {MAX_EXAMPLES}.")
+    return int(count)
+
+
+def _not_finite(flat: torch.Tensor, codec: Codec) -> list[str]:
+    """Name the units that hold NaN or infinity."""
+    return [unit for unit, values in codec.layout.unit_views(flat).items() if not bool(torch.isfinite(values).all())]

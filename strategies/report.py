@@ -1,0 +1,39 @@
+"""What is recorded of every round."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RoundReport:
+    """The record of one server round; round 0 is the evaluation of the initial model."""
+
+    server_round: int
+    """Server round, from 0."""
+    merged: bool = False
+    """Whether enough good replies came for the model to change."""
+    central: dict[str, float] = field(default_factory=dict)
+    """Accuracy in [0, 1] and loss on the server's own test images; empty where not evaluated."""
+    clients_accuracy: dict[str, float] = field(default_factory=dict)
+    """Accuracy by client on its own test images."""
+    clients_accuracy_mean: float | None = None
+    """Mean of the above over clients, unweighted."""
+    clients_evaluated_round: int | None = None
+    """The round whose model the clients evaluated."""
+    train_loss: float | None = None
+    """Mean training loss over the used clients, weighted by their examples."""
+    clients_used: list[str] = field(default_factory=list)
+    """Clients whose update was merged, in identity order."""
+    clients_dropped: dict[str, str] = field(default_factory=dict)
+    """Reason by client whose train or evaluate reply was missing or refused."""
+    bytes_down: int = 0
+    """Bytes of message contents sent to clients."""
+    bytes_up: int = 0
+    """Bytes of message contents received from clients."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``total``, and ``wait``:
+    the part of the train phase not explained by the busiest worker's own work."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serialisable dict."""
+        return asdict(self)

@@ -1,0 +1,148 @@
+"""The frozen Vision Transformer: building it with timm, loading its weights, naming its bits."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from task.config import BackboneConfig
+from task.errors import ModelError
+from task.packaged_weights import read_packaged_weights
+from task.seeding import derive_seed
+from task.torchvision_mend import mend_torchvision
+
+mend_torchvision()
+import timm  # noqa: E402
+
+PACKAGED_FOLDER = Path(__file__).resolve().parent / "weights"
+BACKBONES_VARIABLE = "PETALWISE_BACKBONES"
+
+
+def backbone_folder(node_config: Mapping[str, object]) -> Path | None:
+    """Find the folder in which this party keeps backbone files.
+
+    Parameters
+    ----------
+    node_config : Mapping[str, object]
+        The node's own config; its key ``backbones`` wins over the environment's ``PETALWISE_BACKBONES``.
+
+    Returns
+    -------
+    Path or None
+        The folder, or None where neither is set.
+    """
+    folder = str(node_config.get("backbones") or os.environ.get(BACKBONES_VARIABLE, ""))
+    return Path(folder) if folder else None
+
+
+def build_backbone(config: BackboneConfig, num_classes: int, folder: Path | None = None, seed: int = 0) -> nn.Module:
+    """Build a timm model with the configured weights and a new head.
+
+    Parameters
+    ----------
+    config : BackboneConfig
+        Architecture, input size, and where the weights come from.
+    num_classes : int
+        Number of outputs of the new head.
+    folder : Path, optional
+        This party's own folder of backbone files (source ``checkpoint``).
+    seed : int
+        Seed of the weights for source ``random``.
+
+    Returns
+    -------
+    nn.Module
+        The model in evaluation mode on the CPU, float32; position embeddings resampled to the image size.
+
+    Raises
+    ------
+    ModelError
+        If timm does not know the model, its weights cannot be had, or they do not fit it.
+    """
+    if config.name not in timm.list_models():
+        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
+        raise ModelError(f"backbone.name={config.name!r} is no timm model. Similar: {', '.join(near) or 'none'}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "backbone"))
+        if config.source == "random":
+            model = _create(config, num_classes)
+        elif config.source == "hub":
+            model = _create(config, num_classes, pretrained=True)
+        else:
+            model = _from_state(config, num_classes, _read_state(config, folder))
+    return model.eval()
+
+
+def base_hash(model: nn.Module) -> str:
+    """Hash the frozen weights of a backbone.
+
+    Position embeddings are left out: resampling them may differ in the last bit between processors.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A timm model without adapter.
+
+    Returns
+    -------
+    str
+        SHA-256 over names, shapes and float32 bytes of all parameters but head and position embeddings.
+    """
+    digest, head = hashlib.sha256(), head_name(model)
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{head}.") or name.endswith("pos_embed"):
+            continue
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def head_name(model: nn.Module) -> str:
+    """Find the module path of the classification head, as timm records it."""
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier", "head")
+    if not isinstance(classifier, str):
+        raise ModelError(f"{type(model).__name__} has several heads ({classifier}); choose a model with one.")
+    return classifier
+
+
+def _create(config: BackboneConfig, num_classes: int, **options: Any) -> nn.Module:
+    arguments = {"img_size": config.image_size, **config.arguments, **options}
+    try:
+        return timm.create_model(config.name, num_classes=num_classes, **arguments)
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, OSError) as error:
+        raise ModelError(
+            f"timm cannot build {config.name!r} at {config.image_size} px from source {config.source!r}: {error}"
+        ) from error
+
+
+def _read_state(config: BackboneConfig, folder: Path | None) -> dict[str, torch.Tensor]:
+    file_name = config.checkpoint
+    if config.source == "packaged":
+        return read_packaged_weights(PACKAGED_FOLDER / Path(file_name).name)
+    if not file_name or Path(file_name).name != file_name:
+        raise ModelError(f"backbone.checkpoint={file_name!r} must be a bare file name, without a folder.")
+    if folder is None or not (folder / file_name).is_file():
+        raise ModelError(
+            f"The backbone file {file_name!r} is not in this party's backbone folder ({folder or 'none is set'}). "
+            f'Set the node config backbones="/folder" or the environment variable {BACKBONES_VARIABLE}.'
+        )
+    return load_file(folder / file_name)
+
+
+def _from_state(config: BackboneConfig, num_classes: int, state: dict[str, torch.Tensor]) -> nn.Module:
+    plain = _create(config, num_classes)
+    head = f"{head_name(plain)}."
+    missing = [name for name, _ in plain.named_parameters() if name not in state and not name.startswith(head)]
+    if missing:
+        raise ModelError(
+            f"{config.checkpoint!r} lacks {len(missing)} tensors of {config.name!r}, first {missing[:3]}. "
+            "It must hold this model under timm's parameter names."
+        )
+    body = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+    overlay = {"state_dict": body, "num_classes": None, "custom_load": False}
+    return _create(config, num_classes, pretrained=True, pretrained_cfg_overlay=overlay)

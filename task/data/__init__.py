@@ -1,0 +1,1 @@
+"""Labelled images: where they lie, who holds which, and how they become batches."""

@@ -1,0 +1,169 @@
+"""The contract of messages between strategy and client.
+
+A message carries one flat float32 array (adapter and head, in the order of the layout), a config and,
+in replies, metrics. Both sides derive the index of the array from the same :class:`~task.units.Layout`
+and compare its digest. Nothing received is unpickled; sizes are checked before any value is read.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from task.errors import MessageError
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+FLAT = "flat"
+IDENTIFY = "query.identify"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What a strategy asks of a client: all a client ever learns of the strategy."""
+
+    server_round: int
+    """Server round, from 1."""
+    task: str
+    """The task config as JSON."""
+    layout: str
+    """Digest of the layout that indexes the flat array."""
+    proximal_mu: float = 0.0
+    """Weight of the proximal term mu/2 ||w - w_received||^2 added to the local loss."""
+    evaluate: str = "none"
+    """``received``: also evaluate the received model on the client's test images, before training."""
+
+    def to_record(self) -> ConfigRecord:
+        """Write the instruction as a Flower record."""
+        return ConfigRecord(
+            {
+                "server-round": self.server_round,
+                "task": self.task,
+                "layout": self.layout,
+                "proximal-mu": self.proximal_mu,
+                "evaluate": self.evaluate,
+            }
+        )
+
+    @staticmethod
+    def from_record(record: ConfigRecord) -> "Instruction":
+        """Read an instruction.
+
+        Raises
+        ------
+        MessageError
+            If a field is missing or of the wrong type.
+        """
+        return Instruction(
+            server_round=int(number_field(record, "server-round")),
+            task=text_field(record, "task"),
+            layout=text_field(record, "layout"),
+            proximal_mu=float(number_field(record, "proximal-mu")),
+            evaluate=text_field(record, "evaluate"),
+        )
+
+
+def text_field(record: ConfigRecord, key: str) -> str:
+    """Read a text field of a config record; MessageError if it is missing or no text."""
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise MessageError(f"The message's config has no text under {key!r}.")
+    return value
+
+
+def number_field(record: ConfigRecord | MetricRecord, key: str) -> float:
+    """Read a number; MessageError if it is missing, no number, or not finite."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise MessageError(f"{key!r} is {value!r}, not a finite number.")
+    return value
+
+
+def flat_to_array(flat: np.ndarray) -> Array:
+    """Serialise a flat float32 array with a single copy (NumPy's .npy format, as Flower's own)."""
+    header = io.BytesIO()
+    flat = np.ascontiguousarray(flat, dtype=np.float32)
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(flat))
+    data = b"".join((header.getvalue(), flat.data))
+    return Array(dtype="float32", shape=tuple(flat.shape), stype="numpy.ndarray", data=data)
+
+
+def array_to_flat(array: Array, size: int) -> np.ndarray:
+    """View a received array as flat float32 values, without copying.
+
+    Parameters
+    ----------
+    array : Array
+        As received.
+    size : int
+        Number of elements the layout asks for.
+
+    Returns
+    -------
+    ndarray, float32, [size]
+        A read-only view of the received bytes.
+
+    Raises
+    ------
+    MessageError
+        If format, dtype, shape or number of bytes are not exactly what is expected.
+    """
+    buffer = io.BytesIO(array.data)
+    try:
+        if np.lib.format.read_magic(buffer) != (1, 0):
+            raise MessageError("The array is not in version 1.0 of NumPy's format.")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+    except ValueError as error:
+        raise MessageError(f"The array's header cannot be read: {error}") from error
+    if dtype != np.dtype("<f4"):
+        raise MessageError(f"The array has dtype {dtype}, expected float32.")
+    if shape != (size,):
+        raise MessageError(f"The array has shape {list(shape)}, expected [{size}].")
+    start = buffer.tell()
+    if len(array.data) - start != 4 * size:
+        raise MessageError(f"The array holds {len(array.data) - start} bytes, expected {4 * size}.")
+    return np.frombuffer(array.data, dtype=np.float32, offset=start)
+
+
+def flat_content(array: Array, instruction: Instruction) -> RecordDict:
+    """Put an array and an instruction into the content of a message; the array is shared, not copied."""
+    return RecordDict({ARRAYS: ArrayRecord({FLAT: array}), CONFIG: instruction.to_record()})
+
+
+def received_flat(message: Message, size: int) -> np.ndarray:
+    """View the flat array of a message; see :func:`array_to_flat`.
+
+    Raises
+    ------
+    MessageError
+        If the message does not carry exactly one array named ``flat``, or it does not fit.
+    """
+    record = message.content.array_records.get(ARRAYS)
+    if record is None or list(record) != [FLAT]:
+        found = "none" if record is None else ", ".join(list(record)[:5])
+        raise MessageError(f"Expected one array named {FLAT!r}, got: {found}.")
+    return array_to_flat(record[FLAT], size)
+
+
+def received_config(message: Message) -> ConfigRecord:
+    """Read the config record of a message; MessageError if there is none."""
+    record = message.content.config_records.get(CONFIG)
+    if record is None:
+        raise MessageError(f"The message has no config record {CONFIG!r}.")
+    return record
+
+
+def received_metrics(message: Message) -> MetricRecord:
+    """Read the metric record of a message; MessageError if there is none."""
+    record = message.content.metric_records.get(METRICS)
+    if record is None:
+        raise MessageError(f"The message has no metric record {METRICS!r}.")
+    return record
+
+
+def content_bytes(content: RecordDict) -> int:
+    """Count the bytes of a message's content: array data as sent, other records as Flower serialises them."""
+    arrays = sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    others = [*content.config_records.values(), *content.metric_records.values()]
+    return arrays + sum(len(record.deflate()) for record in others)

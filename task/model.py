@@ -1,0 +1,148 @@
+"""A backbone with a LoRA adapter, its trainable tensors lying in one flat array."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from task.backbone import base_hash, build_backbone, head_name
+from task.config import LoraConfig, TaskConfig
+from task.errors import ModelError
+from task.seeding import derive_seed
+from task.units import Layout, make_layout
+
+
+class AdaptedModel:
+    """A frozen backbone, a LoRA adapter and a head that trains in full.
+
+    All trainable tensors and their gradients are views into two flat arrays, so that loading, reading
+    and stepping an optimizer each touch one tensor.
+
+    Parameters
+    ----------
+    module : PeftModel
+        The model; its trainable parameters are re-seated as views.
+    layout : Layout
+        Index of the trainable tensors.
+    base : str
+        Hash of the frozen weights.
+    """
+
+    def __init__(self, module: PeftModel, layout: Layout, base: str) -> None:
+        self.module = module
+        self.layout = layout
+        self.base = base
+        self._trainable = {canonical_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+        self.to(torch.device("cpu"))
+
+    def to(self, device: torch.device) -> None:
+        """Move the model; :attr:`flat` and its gradient are made anew on the device."""
+        self.module.to(device)
+        flat = torch.empty(self.layout.size, dtype=torch.float32, device=device)
+        gradient = torch.zeros_like(flat)
+        views, gradient_views = self.layout.views(flat), self.layout.views(gradient)
+        for name, parameter in self._trainable.items():
+            views[name].copy_(parameter.detach())
+            parameter.data = views[name]
+            parameter.grad = gradient_views[name]
+        self.flat = nn.Parameter(flat)
+        self.flat.grad = gradient
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.flat.device
+
+    def load(self, flat: np.ndarray) -> None:
+        """Copy adapter and head into place.
+
+        Parameters
+        ----------
+        flat : ndarray, float32, [layout.size]
+            The values, in order of the layout.
+        """
+        if self.device.type == "cpu":
+            np.copyto(self.flat.detach().numpy(), flat)
+        else:
+            self.flat.detach().copy_(torch.from_numpy(np.array(flat)))
+
+    def read(self) -> np.ndarray:
+        """Copy adapter and head out as float32 [layout.size]."""
+        return self.flat.detach().cpu().numpy().copy()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of normalised images [n, 3, h, w]."""
+        return self.module(images)
+
+
+def canonical_name(peft_name: str) -> str:
+    """Strip peft's wrappers from a parameter name: ``blocks.0.attn.qkv.lora_A.weight``, ``head.weight``."""
+    name = peft_name.removeprefix("base_model.model.")
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
+    """Wrap a backbone with a LoRA adapter (A Kaiming-uniform, B zero) and a fresh head, drawn from a seed.
+
+    Raises
+    ------
+    ModelError
+        If no module ends with one of the targets; lists what the model has.
+    """
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    head = head_name(backbone)
+    for target in config.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name != head})
+            raise ModelError(f"lora.targets: {target!r} matches no linear layer. The model has: {', '.join(endings)}.")
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        modules_to_save=[head],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapter"))
+        _reset_head(backbone.get_submodule(head))
+        return get_peft_model(backbone, settings)
+
+
+def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) -> AdaptedModel:
+    """Build the model of a task with its initial adapter, the same on every machine.
+
+    Parameters
+    ----------
+    task : TaskConfig
+        Backbone, adapter and seed.
+    num_classes : int
+        Number of classes of the head.
+    folder : Path, optional
+        This party's own folder of backbone files.
+
+    Returns
+    -------
+    AdaptedModel
+        On the CPU, in evaluation mode.
+
+    Raises
+    ------
+    ModelError
+        If the backbone or the adapter cannot be built.
+    """
+    backbone = build_backbone(task.backbone, num_classes, folder, task.seed)
+    base, head = base_hash(backbone), head_name(backbone)
+    module = add_adapter(backbone, task.lora, task.seed).eval()
+    shapes = {canonical_name(name): p.shape for name, p in module.named_parameters() if p.requires_grad}
+    return AdaptedModel(module, make_layout(shapes, task.lora.units, head), base)  # type: ignore[arg-type]
+
+
+def _reset_head(head: nn.Module) -> None:
+    """Draw the head from the current seed: truncated normal with deviation 0.02, zero bias (timm's ViT default)."""
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"The head is a {type(head).__name__}, not a linear layer.")
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)

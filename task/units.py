@@ -1,0 +1,137 @@
+"""Layer units: how the trainable tensors lie in one flat array, and which of them belong together.
+
+Client and server derive the same :class:`Layout` from the same model; its digest travels with every
+message. Strategies, byte counts and reports speak of units, never of single tensors.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+HEAD = "head"
+Granularity = Literal["block", "module"]
+_BLOCK = re.compile(r"^(?:.*\.)?blocks\.\d+(?=\.)")
+_LORA_SUFFIX = re.compile(r"\.lora_(?:A|B)\.weight$")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one trainable tensor lies in the flat array."""
+
+    unit: str
+    """Name of the layer unit the tensor belongs to."""
+    name: str
+    """Name under timm's module path, e.g. ``blocks.0.attn.qkv.lora_A.weight``."""
+    shape: tuple[int, ...]
+    """Shape of the tensor."""
+    offset: int
+    """Index of its first element in the flat array."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An ordered index of tensors over one flat float32 array, every unit contiguous."""
+
+    tensors: tuple[TensorSpec, ...]
+    """All tensors by ascending offset, without gaps."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the flat array."""
+        return sum(spec.size for spec in self.tensors)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """The contiguous range of each unit, in order of the flat array."""
+        ranges: dict[str, slice] = {}
+        for spec in self.tensors:
+            start = ranges[spec.unit].start if spec.unit in ranges else spec.offset
+            ranges[spec.unit] = slice(start, spec.offset + spec.size)
+        return ranges
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of the units, in order of the flat array."""
+        return tuple(self.slices)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the index (unit, name, shape, dtype, offset), hexadecimal."""
+        rows = [[spec.unit, spec.name, list(spec.shape), "float32", spec.offset] for spec in self.tensors]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """View the flat array as named tensors, without copying."""
+        return {spec.name: flat[spec.offset : spec.offset + spec.size].view(spec.shape) for spec in self.tensors}
+
+    def unit_views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """View the flat array as one 1-D tensor per unit, without copying."""
+        return {unit: flat[part] for unit, part in self.slices.items()}
+
+
+def unit_of(name: str, granularity: Granularity, head: str = HEAD) -> str:
+    """Name the unit of a trainable tensor.
+
+    Parameters
+    ----------
+    name : str
+        Tensor name under timm's module path.
+    granularity : {"block", "module"}
+        One unit per transformer block, or one per adapted module.
+    head : str
+        Module path of the classification head.
+
+    Returns
+    -------
+    str
+        ``head``, a block such as ``blocks.3``, or a module such as ``blocks.3.attn.qkv``; a tensor outside
+        every block belongs to its module.
+    """
+    if name.startswith(f"{head}."):
+        return HEAD
+    block = _BLOCK.match(name)
+    if granularity == "block" and block:
+        return block.group()
+    return _LORA_SUFFIX.sub("", name) if _LORA_SUFFIX.search(name) else name.rpartition(".")[0] or name
+
+
+def make_layout(shapes: Mapping[str, Iterable[int]], granularity: Granularity = "block", head: str = HEAD) -> Layout:
+    """Lay tensors out one after another, unit by unit, the head last.
+
+    Parameters
+    ----------
+    shapes : Mapping[str, Iterable[int]]
+        Tensor names and shapes in model order.
+    granularity : {"block", "module"}
+        See :func:`unit_of`.
+    head : str
+        Module path of the classification head.
+
+    Returns
+    -------
+    Layout
+        Units in order of first appearance, the head last; tensors in model order within a unit.
+    """
+    by_unit: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        by_unit.setdefault(unit_of(name, granularity, head), []).append((name, tuple(shape)))
+    if HEAD in by_unit:
+        by_unit[HEAD] = by_unit.pop(HEAD)
+    specs, offset = [], 0
+    for unit, members in by_unit.items():
+        for name, shape in members:
+            specs.append(TensorSpec(unit, name, shape, offset))
+            offset += math.prod(shape)
+    return Layout(tuple(specs))
