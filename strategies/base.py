@@ -255,7 +255,7 @@ class LayerwiseStrategy(Strategy):
         )
 
     def _train_round(self, server_round: int, grid: Grid, config: ConfigRecord, timeout: float, result: Result) -> None:
-        """Steps of a round: discover, send and train, merge."""
+        """Discover clients that joined, send the model and let the cohort train, merge the replies."""
         self.server_round = server_round
         self.directory.discover(grid, self.context.task, self.codec.layout.digest, self.context.base, timeout)
         with self._timed("train"):

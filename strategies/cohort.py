@@ -43,8 +43,7 @@ def draw_cohort(identities: Iterable[str], fraction: float, minimum: int, seed: 
     pool = sorted(identities, key=identity_order)
     size = min(len(pool), max(minimum, round(fraction * len(pool))))
     generator = np.random.default_rng(derive_seed(seed, "cohort", server_round))
-    chosen = generator.choice(len(pool), size=size, replace=False) if pool else []
-    return [pool[i] for i in sorted(chosen)]
+    return [pool[i] for i in sorted(generator.permutation(len(pool))[:size])]
 
 
 @dataclass
@@ -124,7 +123,10 @@ def _base_problem(record: ConfigRecord, base: str) -> str:
     theirs = text_field(record, "base") if base else ""
     if theirs == base:
         return ""
-    return f"its frozen backbone has hash {theirs[:12]}, the server's {base[:12]}; averaging adapters of different bases is refused"
+    return (
+        f"its frozen backbone has hash {theirs[:12]}, the server's has {base[:12]}; "
+        "adapters of different bases cannot be averaged. Give it the same backbone file"
+    )
 
 
 def refusal_summary(refused: Sequence[str]) -> str:

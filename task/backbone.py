@@ -1,5 +1,6 @@
 """The frozen Vision Transformer: building it with timm, loading its weights, naming its bits."""
 
+import difflib
 import hashlib
 import os
 from collections.abc import Mapping
@@ -64,8 +65,8 @@ def build_backbone(config: BackboneConfig, num_classes: int, folder: Path | None
     ModelError
         If timm does not know the model, its weights cannot be had, or they do not fit it.
     """
-    if config.name not in timm.list_models():
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=5)
         raise ModelError(f"backbone.name={config.name!r} is no timm model. Similar: {', '.join(near) or 'none'}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "backbone"))

@@ -1,8 +1,7 @@
-"""Read labelled images from a package, the hub, parquet files or a folder, in one common form."""
+"""Labelled images in one common form, whatever they are stored as: the entry to a party's data."""
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from task.config import DatasetConfig
+from task.data.readers import read_split
 from task.data.sampling import labels_of, stratified_sample
-from task.errors import ConfigError, DataError
+from task.errors import DataError
 
-LOCATION_VARIABLE = "PETALWISE_DATA"
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DATA_VARIABLE = "PETALWISE_DATA"
 
 
 def node_location(node_config: Mapping[str, object]) -> Path | None:
@@ -26,26 +24,26 @@ def node_location(node_config: Mapping[str, object]) -> Path | None:
     Parameters
     ----------
     node_config : Mapping[str, object]
-        Flower's node config; its key ``data`` goes before the environment variable PETALWISE_DATA.
+        The node's own config; its key ``data`` wins over the environment's ``PETALWISE_DATA``.
 
     Returns
     -------
-    Path | None
-        The folder, or None if neither names one.
+    Path or None
+        The folder, or None where neither is set.
 
     Raises
     ------
     DataError
-        If the folder does not exist.
+        If there is no such folder.
     """
-    named = {'the node config key "data"': node_config.get("data"), LOCATION_VARIABLE: os.environ.get(LOCATION_VARIABLE)}
-    for origin, value in named.items():
-        if value:
-            location = Path(str(value)).expanduser()
-            if not location.is_dir():
-                raise DataError(f"{origin} names the folder {location}, which does not exist on this node.")
-            return location
-    return None
+    folder = str(node_config.get("data") or os.environ.get(DATA_VARIABLE, ""))
+    if not folder:
+        return None
+    location = Path(folder).expanduser()
+    if not location.is_dir():
+        origin = 'the node config\'s key "data"' if node_config.get("data") else f"the environment's {DATA_VARIABLE}"
+        raise DataError(f"There is no folder {location} on this node; correct {origin}.")
+    return location
 
 
 def load_split(
@@ -53,36 +51,40 @@ def load_split(
 ) -> datasets.Dataset:
     """Load the images to train on, or the server's central test images.
 
+    Where the data has no test split (``test_split`` empty, or packaged data), both come from the
+    training split: a share of it, stratified by class, is held out for the test.
+
     Parameters
     ----------
     config : DatasetConfig
-        What to read. Without ``test_split``, and for packaged data, ``central_test_fraction`` of the
-        training split is held out, stratified by class.
+        What to read.
     role : Literal["train", "test"]
         Which of the two.
-    location : Path | None
+    location : Path or None
         Folder of the data on this node, for the sources ``parquet`` and ``folder``.
     seed : int
-        Seed of the held-out part and of the subsets; both roles must be given the same.
+        Seed of the held-out part and of the subsets; must be the same for both roles.
 
     Returns
     -------
     datasets.Dataset
-        Columns ``image`` (datasets.Image) and ``label`` (datasets.ClassLabel), and what else the data has.
+        Columns ``image`` (datasets.Image), ``label`` (datasets.ClassLabel) and what else the data has.
+        Class names are ``config.classes``, or what the data declares, or for bare text and numbers what
+        occurs in the splits at hand: parties with different data must be given ``config.classes`` then.
 
     Raises
     ------
     ConfigError
         If the config names data that cannot exist.
     DataError
-        If the data is missing, unreadable or not as the config says.
+        If the data is missing, unreadable or not what the config says.
     """
     held_out = config.source == "packaged" or not config.test_split
     split = config.train_split if role == "train" or held_out else config.test_split
-    dataset = _in_common_form(_read(config, split, location), config, split, location)
+    dataset = _in_common_form(read_split(config, split, location), config, split, location)
     labels, chosen = labels_of(dataset), np.arange(len(dataset))
     if held_out:
-        test = _central_test(labels, config.central_test_fraction, seed)
+        test = _held_out(labels, config.central_test_fraction, seed)
         chosen = test if role == "test" else np.setdiff1d(chosen, test)
     limit = config.max_train_samples if role == "train" else config.max_test_samples
     if 0 < limit < len(chosen):
@@ -90,79 +92,85 @@ def load_split(
     return dataset if len(chosen) == len(dataset) else dataset.select(chosen)
 
 
-def _central_test(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+def _held_out(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
     if len(labels) < 2:
-        raise DataError("Holding out test images needs at least 2 images; the training split has 1.")
+        raise DataError("A single image cannot be shared between training and a held-out test; add images.")
     return stratified_sample(labels, min(max(round(len(labels) * fraction), 1), len(labels) - 1), seed)
 
 
-def _read(config: DatasetConfig, split: str, location: Path | None) -> datasets.Dataset:
-    """Read a split with the columns the data has, refusing an empty one."""
-    dataset = _READERS[config.source](config, split, location)
-    if len(dataset) == 0:
-        raise DataError(f"The split '{split}' of the data set '{config.name}' has no images.")
-    return dataset
+def _in_common_form(
+    raw: datasets.Dataset, config: DatasetConfig, split: str, location: Path | None
+) -> datasets.Dataset:
+    """Name the columns ``image`` and ``label`` and give them their types; other columns stay."""
+    for key, column in (("image_column", config.image_column), ("label_column", config.label_column)):
+        if column not in raw.column_names:
+            raise DataError(
+                f"The split '{split}' of '{config.name}' has no column '{column}' (dataset.{key}); "
+                f"its columns are: {', '.join(raw.column_names)}."
+            )
+    codes, names = _classes(raw, config, split, location)
+    replaced = {"image", "label", config.label_column} - {config.image_column}
+    dataset = raw.remove_columns([column for column in raw.column_names if column in replaced])
+    if config.image_column != "image":
+        dataset = dataset.rename_column(config.image_column, "image")
+    try:
+        dataset = dataset.cast_column("image", datasets.Image())
+    except (TypeError, ValueError, NotImplementedError) as error:
+        kind = raw.features[config.image_column]
+        raise DataError(f"The column '{config.image_column}' of '{config.name}' is {kind}, not images.") from error
+    return dataset.add_column("label", codes, feature=datasets.ClassLabel(names=names))
 
 
-def _read_packaged(config: DatasetConfig, split: str, location: Path | None) -> datasets.Dataset:
-    if config.name != "digits":
-        raise ConfigError(f"dataset.name={config.name!r}: the only packaged data set is 'digits'.")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    features = datasets.Features(
-        {config.image_column: datasets.Image(), config.label_column: datasets.ClassLabel(names=[*"0123456789"])}
-    )
-    columns = {config.image_column: list(images), config.label_column: digits.target.tolist()}
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def _read_hub(config: DatasetConfig, split: str, location: Path | None) -> datasets.Dataset:
-    # The config may come from another party: it must not make this node read its own files.
-    if not _HUB_REPOSITORY.fullmatch(config.path) or Path(config.path).exists():
-        raise ConfigError(f"dataset.path={config.path!r} must name a hub data set as owner/name, and no local folder.")
-    return _loaded(f"The split '{split}' of the hub data set {config.path}", config.path, split=split)
-
-
-def _read_parquet(config: DatasetConfig, split: str, location: Path | None) -> datasets.Dataset:
-    folder = _required(location, config)
-    files = sorted(str(path) for path in folder.iterdir() if path.name.startswith(split) and path.suffix == ".parquet")
-    if not files:
-        raise DataError(
-            f"{folder} has no parquet file whose name starts with '{split}'; check dataset.train_split and "
-            f"dataset.test_split (leave test_split empty to hold out part of the training split)."
-        )
-    return _loaded(f"The parquet files {split}* in {folder}", "parquet", data_files=files, split="train")
+def _classes(
+    raw: datasets.Dataset, config: DatasetConfig, split: str, location: Path | None
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Find every image's class index, and the names of the classes in order."""
+    feature, values = raw.features[config.label_column], raw[config.label_column][:]
+    missing = next((row for row, value in enumerate(values) if value is None or value == -1), None)
+    if missing is not None:
+        raise DataError(f"Row {missing} of the split '{split}' of '{config.name}' has no label; remove or label it.")
+    if isinstance(feature, datasets.ClassLabel):
+        names, codes = list(feature.names), np.asarray(values, dtype=np.int64)
+    elif _dtype(feature).endswith("string"):
+        names = sorted(set(values) | _labels_of_other_split(config, split, location))
+        index = {name: code for code, name in enumerate(names)}
+        codes = np.asarray([index[value] for value in values], dtype=np.int64)
+    elif _dtype(feature).startswith(("int", "uint")):
+        highest = max(set(values) | _labels_of_other_split(config, split, location))
+        names = [str(code) for code in range(highest + 1)]
+        return _numbered(np.asarray(values, dtype=np.int64), config.classes or names, config)
+    else:
+        raise DataError(f"The label column '{config.label_column}' has the type {feature}; use text or whole numbers.")
+    return _renumbered(codes, names, config) if config.classes else (codes, names)
 
 
-def _read_folder(config: DatasetConfig, split: str, location: Path | None) -> datasets.Dataset:
-    root = _required(location, config)
-    folder = _class_root(root, split, fallback=split == config.train_split)
-    others = {_class_root(root, name, fallback=True) for name in (config.train_split, config.test_split) if name}
-    names = sorted({path.name for parent in {folder, *others} for path in parent.iterdir() if _visible_folder(path)})
-    rows = [
-        (str(path), name)
-        for name in names
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
-    if not rows:
-        raise DataError(f"{folder} holds no images; put them into one folder per class, as in {folder}/<class>/1.png.")
-    features = datasets.Features(
-        {config.image_column: datasets.Image(), config.label_column: datasets.ClassLabel(names=names)}
-    )
-    images, labels = zip(*rows, strict=True)
-    columns = {config.image_column: list(images), config.label_column: list(labels)}
-    return datasets.Dataset.from_dict(columns, features=features)
+def _dtype(feature: object) -> str:
+    return str(getattr(feature, "dtype", ""))
 
 
-def _class_root(root: Path, split: str, fallback: bool) -> Path:
-    """Folder whose sub-folders are the classes: the split's own, or the root itself where there are no splits."""
-    if Path(split).name != split or split == "..":
-        raise ConfigError(f"The split {split!r} must be the name of a folder inside the data, not a path.")
-    if (root / split).is_dir():
-        return root / split
-    if fallback:
-        return root
-    raise DataError(f"{root} has no folder '{split}'; set dataset.test_split, or leave it empty to hold out a part.")
+def _labels_of_other_split(config: DatasetConfig, split: str, location: Path | None) -> set[Any]:
+    """Labels of the other split if this party has it, so that a class absent from one split moves no index."""
+    other = config.test_split if split == config.train_split else config.train_split
+    if other and not config.classes:
+        with suppress(DataError):
+            return set(read_split(config, other, location)[config.label_column][:]) - {None, -1}
+    return set()
+
+
+def _numbered(codes: NDArray[np.int64], names: list[str], config: DatasetConfig) -> tuple[NDArray[np.int64], list[str]]:
+    """Take numbers without names as positions in the list of classes."""
+    outside = codes[(codes < 0) | (codes >= len(names))]
+    if outside.size:
+        raise DataError(f"'{config.name}' has the label {outside[0]}; dataset.classes names 0 to {len(names) - 1}.")
+    return codes, names
+
+
+def _renumbered(
+    codes: NDArray[np.int64], names: list[str], config: DatasetConfig
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Follow the order of ``dataset.classes``; classes without images may be missing from the data, not the reverse."""
+    unknown = [names[code] for code in np.unique(codes) if names[code] not in config.classes]
+    if unknown:
+        raise DataError(f"'{config.name}' has images of classes that dataset.classes lacks: {', '.join(unknown)}.")
+    order = [config.classes.index(name) if name in config.classes else -1 for name in names]
+    return np.asarray(order, dtype=np.int64)[codes], list(config.classes)

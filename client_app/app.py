@@ -1,0 +1,133 @@
+"""The Flower ClientApp: says who it is, trains, evaluates."""
+
+import time
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from client_app.training import train
+from client_app.worker import Node, Worker, worker_for, worker_name
+from task.data.batches import train_batches
+from task.errors import MessageError, PetalwiseError
+from task.evaluation import Score, evaluate
+from task.messages import (
+    ARRAYS,
+    CONFIG,
+    FLAT,
+    METRICS,
+    Instruction,
+    flat_to_array,
+    received_config,
+    received_flat,
+    text_field,
+)
+from task.seeding import derive_seed, generator_for
+
+app = ClientApp()
+Handler = Callable[[Message, Context], Message]
+
+
+def explained(handler: Handler) -> Handler:
+    """Turn errors written for people into Flower error replies that carry their sentence."""
+
+    @wraps(handler)
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except PetalwiseError as error:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+
+    return handle
+
+
+@app.query("identify")
+def identify(message: Message, context: Context) -> Message:
+    """Answer with this client's name and the hash of its frozen weights, or with why it cannot take part."""
+    answer: dict[str, str] = {"client": str(context.node_id)}
+    try:
+        node = Node.from_config(context.node_config, context.node_id)
+        answer["client"] = node.name
+        worker = worker_for(text_field(received_config(message), "task"), node.data, node.backbones)
+        worker.client_data(node)
+        answer |= {"base": worker.model.base, "layout": worker.model.layout.digest}
+    except PetalwiseError as error:
+        answer["error"] = str(error)
+    return Message(RecordDict({CONFIG: ConfigRecord(dict(answer))}), reply_to=message)
+
+
+@app.train()
+@explained
+def train_round(message: Message, context: Context) -> Message:
+    """Train on this client's images and answer with adapter and head."""
+    began = time.perf_counter()
+    node, worker, instruction = _prepare(message, context)
+    data, task = worker.client_data(node), worker.task
+    metrics: dict[str, int | float] = {}
+    if instruction.evaluate == "received":
+        score = evaluate(worker.model, data.test, worker.normaliser)
+        metrics |= {f"test-{key}": value for key, value in _score_metrics(score).items()}
+    purpose = (instruction.server_round, node.name)
+    torch.manual_seed(derive_seed(task.seed, "dropout", *purpose))
+    batches = train_batches(
+        data.train,
+        batch_size=task.train.batch_size,
+        epochs=task.train.local_epochs,
+        max_steps=task.train.max_steps,
+        augment=task.train.augment,
+        normaliser=worker.normaliser,
+        generator=generator_for(task.seed, "batches", *purpose),
+    )
+    outcome = train(worker.model, worker.optimizer, batches, instruction.proximal_mu)
+    metrics |= {"num-examples": len(data.train), "train-loss": outcome.loss, "steps": outcome.steps}
+    metrics["seconds"] = time.perf_counter() - began
+    return _reply(message, node, worker, metrics, {FLAT: flat_to_array(worker.model.read())})
+
+
+@app.evaluate()
+@explained
+def evaluate_round(message: Message, context: Context) -> Message:
+    """Evaluate the received model on this client's own test images."""
+    began = time.perf_counter()
+    node, worker, _ = _prepare(message, context)
+    metrics = _score_metrics(evaluate(worker.model, worker.client_data(node).test, worker.normaliser))
+    metrics["seconds"] = time.perf_counter() - began
+    return _reply(message, node, worker, metrics)
+
+
+def _prepare(message: Message, context: Context) -> tuple[Node, Worker, Instruction]:
+    """Find this process's worker and copy the received values into its model."""
+    instruction = Instruction.from_record(received_config(message))
+    node = Node.from_config(context.node_config, context.node_id)
+    worker = worker_for(instruction.task, node.data, node.backbones)
+    layout = worker.model.layout
+    if instruction.layout != layout.digest:
+        raise MessageError("The server's adapter has another layout than this client's (rank, targets or classes).")
+    worker.model.load(received_flat(message, layout.size))
+    return node, worker, instruction
+
+
+def _score_metrics(score: Score) -> dict[str, int | float]:
+    return {"num-examples": score.num_examples, "accuracy": score.accuracy, "loss": score.loss}
+
+
+def _reply(
+    message: Message,
+    node: Node,
+    worker: Worker,
+    metrics: dict[str, int | float],
+    arrays: dict | None = None,
+) -> Message:
+    config = {
+        "client": node.name,
+        "base": worker.model.base,
+        "layout": worker.model.layout.digest,
+        "worker": worker_name(),
+    }
+    content = RecordDict({CONFIG: ConfigRecord(dict(config)), METRICS: MetricRecord(dict(metrics))})
+    if arrays:
+        content[ARRAYS] = ArrayRecord(arrays)
+    return Message(content, reply_to=message)

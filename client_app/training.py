@@ -1,0 +1,79 @@
+"""Local training of adapter and head."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from task.config import TrainConfig
+from task.errors import ModelError
+from task.model import AdaptedModel
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a round of local training came to."""
+
+    loss: float
+    """Mean cross-entropy over all training batches, without the proximal term; weighted by batch size."""
+    steps: int
+    """Number of optimizer steps."""
+
+
+def make_optimizer(model: AdaptedModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer over the flat array of trainable values."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            [model.flat], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.AdamW([model.flat], lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def train(
+    model: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    proximal_mu: float = 0.0,
+) -> TrainOutcome:
+    """Train adapter and head in place, starting with a fresh optimizer state.
+
+    Parameters
+    ----------
+    model : AdaptedModel
+        Holds the received values; is put into training mode.
+    optimizer : Optimizer
+        Over ``model.flat``; its state is dropped first.
+    batches : Iterable[tuple[Tensor, Tensor]]
+        Normalised images [b, 3, h, w] and labels [b], on the model's device.
+    proximal_mu : float
+        Weight of mu/2 ||w - w_received||^2 (FedProx); 0 leaves it out.
+
+    Returns
+    -------
+    TrainOutcome
+        Mean loss and number of steps.
+
+    Raises
+    ------
+    ModelError
+        If a loss is not finite, before the optimizer steps.
+    """
+    model.module.train()
+    optimizer.state.clear()
+    flat, gradient = model.flat, model.flat.grad
+    assert gradient is not None
+    received = flat.detach().clone() if proximal_mu else None
+    total, seen, steps = 0.0, 0, 0
+    for images, labels in batches:
+        gradient.zero_()
+        loss = F.cross_entropy(model(images), labels)
+        value = loss.item()
+        if not torch.isfinite(loss):
+            raise ModelError(f"The loss is {value} at local step {steps + 1}; lower train.lr.")
+        loss.backward()
+        if received is not None:
+            gradient.add_(flat.detach() - received, alpha=proximal_mu)
+        optimizer.step()
+        total, seen, steps = total + value * len(labels), seen + len(labels), steps + 1
+    return TrainOutcome(total / seen, steps)

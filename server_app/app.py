@@ -1,0 +1,124 @@
+"""The Flower ServerApp: composes the config, picks the strategy, runs the rounds, keeps the run folder."""
+
+from logging import ERROR, INFO, WARNING
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+
+from server_app.central import central_evaluation
+from server_app.compose import ComposedRun, compose_run
+from server_app.progress import Progress
+from server_app.run_folder import RunFolder
+from server_app.saving import save_adapter
+from strategies import STRATEGIES, TaskContext
+from strategies.report import RoundReport
+from task.backbone import backbone_folder
+from task.config import TaskConfig, task_to_json
+from task.data.images import ImageSet, decode
+from task.data.sources import class_names, load_split, node_location
+from task.errors import DataError, PetalwiseError
+from task.messages import FLAT, array_to_flat, flat_to_array
+from task.model import AdaptedModel, build_model
+from task.seeding import derive_seed
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation; an error ends the run as failed, with its sentence in the log."""
+    try:
+        run_federation(grid, compose_run(context.run_config))
+    except PetalwiseError as error:
+        log(ERROR, "The run stops: %s", error)
+        raise
+
+
+def run_federation(grid: Grid, run: ComposedRun) -> Path:
+    """Run the rounds of a composed config.
+
+    Parameters
+    ----------
+    grid : Grid
+        Connection to the nodes.
+    run : ComposedRun
+        The checked config.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    PetalwiseError
+        If config, data, model or clients do not allow the run.
+    """
+    settings = run.settings
+    names, test = _classes_and_test_images(settings)
+    model = build_model(settings, len(names), backbone_folder({}))
+    folder = RunFolder(Path(settings.runs_dir), run.strategy.name, run.yaml)
+    log(INFO, "%s", _banner(run, model, len(names)))
+    log(INFO, "Run folder: %s", folder.path)
+    reports = _run_rounds(grid, run, model, test, folder)
+    save_adapter(folder.adapter, model, run, names, reports[-1])
+    log(INFO, "%s", _closing(reports))
+    log(INFO, "Adapter: %s", folder.adapter)
+    return folder.path
+
+
+def _run_rounds(
+    grid: Grid, run: ComposedRun, model: AdaptedModel, test: ImageSet | None, folder: RunFolder
+) -> list[RoundReport]:
+    """Start the strategy; leave the final values in the model."""
+    settings, progress = run.settings, Progress(run.settings.num_server_rounds)
+    reports: list[RoundReport] = []
+
+    def note(report: RoundReport) -> None:
+        reports.append(report)
+        folder.append(report)
+        log(INFO, "%s", progress.line(report))
+
+    context = TaskContext(task_to_json(settings), model.layout, model.base, settings.seed)
+    strategy = STRATEGIES[run.strategy.name](run.strategy, context)
+    result = strategy.start(
+        grid,
+        ArrayRecord({FLAT: flat_to_array(model.read())}),
+        num_rounds=settings.num_server_rounds,
+        timeout=settings.round_timeout,
+        evaluate_fn=None if test is None else central_evaluation(model, test, settings),
+        on_round=note,
+    )
+    model.load(array_to_flat(result.arrays[FLAT], model.layout.size))
+    return reports
+
+
+def _classes_and_test_images(settings: TaskConfig) -> tuple[list[str], ImageSet | None]:
+    """Read the server's test images; a server without data takes the classes from the config."""
+    try:
+        split = load_split(settings.dataset, "test", node_location({}), derive_seed(settings.seed, "dataset"))
+    except DataError as error:
+        if not settings.dataset.classes:
+            raise
+        log(WARNING, "No central evaluation: %s", error)
+        return list(settings.dataset.classes), None
+    return class_names(split), decode(split, settings.backbone.image_size)
+
+
+def _banner(run: ComposedRun, model: AdaptedModel, num_classes: int) -> str:
+    settings = run.settings
+    frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
+    return (
+        f"{settings.backbone.name} ({frozen / 1e6:.1f} M frozen) at {settings.backbone.image_size} px, "
+        f"adapter and head {model.layout.size:,} parameters in {len(model.layout.units)} units; "
+        f"{settings.dataset.name} ({num_classes} classes), partition {settings.partition.kind}, seed {settings.seed}"
+    )
+
+
+def _closing(reports: list[RoundReport]) -> str:
+    first, last = reports[0].central.get("accuracy"), reports[-1].central.get("accuracy")
+    if first is None or last is None:
+        return f"Finished after {reports[-1].server_round} rounds."
+    return f"Finished: accuracy {100 * first:.1f} % in round 0, {100 * last:.1f} % in round {reports[-1].server_round}."

@@ -1,0 +1,54 @@
+"""One clear line per round."""
+
+from dataclasses import dataclass, field
+
+from strategies.report import RoundReport
+
+
+@dataclass
+class Progress:
+    """Formats round reports as aligned lines, with the change in accuracy and the time left."""
+
+    num_rounds: int
+    """Number of server rounds."""
+    _accuracy: float | None = field(default=None)
+    _seconds: list[float] = field(default_factory=list)
+
+    def line(self, report: RoundReport) -> str:
+        """Format a report.
+
+        Parameters
+        ----------
+        report : RoundReport
+            Of the round just finished.
+
+        Returns
+        -------
+        str
+            Round, accuracies, loss, clients, traffic, seconds, ETA.
+        """
+        parts = [f"round {report.server_round:>{len(str(self.num_rounds))}}/{self.num_rounds}", self._central(report)]
+        if report.clients_accuracy_mean is not None:
+            parts.append(f"clients' accuracy {100 * report.clients_accuracy_mean:5.1f} %")
+        if report.server_round:
+            loss = "      -" if report.train_loss is None else f"{report.train_loss:7.4f}"
+            asked = len(set(report.clients_used) | set(report.clients_dropped))
+            parts += [f"train loss {loss}", f"clients {len(report.clients_used)}/{asked}"]
+            parts.append(f"{report.bytes_down / 1e6:.1f} MB down {report.bytes_up / 1e6:.1f} MB up")
+            parts += [f"{report.seconds.get('total', 0.0):5.1f} s", f"ETA {self._eta(report)}"]
+        return "  ".join(parts)
+
+    def _central(self, report: RoundReport) -> str:
+        accuracy = report.central.get("accuracy")
+        if accuracy is None:
+            return "accuracy      -        "
+        change = "        " if self._accuracy is None else f"({100 * (accuracy - self._accuracy):+5.1f}) "
+        self._accuracy = accuracy
+        return f"accuracy {100 * accuracy:5.1f} % {change}"
+
+    def _eta(self, report: RoundReport) -> str:
+        """Estimate the time left from the mean of the last three rounds."""
+        self._seconds.append(report.seconds.get("total", 0.0))
+        recent = self._seconds[-3:]
+        left = round((self.num_rounds - report.server_round) * sum(recent) / len(recent))
+        return f"{left // 60}:{left % 60:02d}"

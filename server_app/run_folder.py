@@ -1,0 +1,52 @@
+"""The folder that a run leaves behind: config, metrics per round, adapter."""
+
+import json
+import time
+from pathlib import Path
+
+from strategies.report import RoundReport
+
+
+class RunFolder:
+    """A new folder ``<time>-<strategy>`` for one run.
+
+    Parameters
+    ----------
+    parent : Path
+        Folder of all runs; made if it is not there.
+    strategy : str
+        Name of the strategy.
+    config : str
+        The composed config as YAML, kept as ``config.yaml``.
+    """
+
+    def __init__(self, parent: Path, strategy: str, config: str) -> None:
+        self.path = _new_folder(parent.resolve(), f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
+        (self.path / "config.yaml").write_text(config, encoding="utf-8")
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per round."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as peft saves it."""
+        return self.path / "adapter"
+
+    def append(self, report: RoundReport) -> None:
+        """Add a round to ``metrics.jsonl``."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report.to_dict()) + "\n")
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of that name, or with a number behind it where one exists already."""
+    for attempt in range(1, 1000):
+        path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise FileExistsError(f"{parent / name} and 998 more exist already.")

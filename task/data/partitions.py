@@ -1,0 +1,201 @@
+"""Spread a data set over simulated clients, and split a client's images into training and test."""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from task.config import PartitionConfig
+from task.data.sampling import labels_of, stratified_sample
+from task.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import Partitioner
+
+Indices = NDArray[np.int64]
+
+
+def partition_indices(dataset: "Dataset", config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
+    """Say which images each client has, by flwr-datasets' partitioners; no image is decoded.
+
+    Parameters
+    ----------
+    dataset : datasets.Dataset
+        Data set with a column ``label``, and ``config.column`` for a natural partition.
+    config : PartitionConfig
+        Kind of partition and its parameters. A Dirichlet partition is drawn up to 11 times until every
+        client has ``min_samples`` images.
+    num_partitions : int
+        Number of clients.
+    seed : int
+        Seed of the draw.
+
+    Returns
+    -------
+    list of NDArray[np.int64]
+        Sorted row numbers per client, disjoint but for the kind ``whole``.
+
+    Raises
+    ------
+    ConfigError
+        If the data cannot be partitioned so, or a client gets fewer than ``min_samples`` images.
+    """
+    if config.kind == "whole":
+        partitions = [np.arange(len(dataset))] * num_partitions
+    elif config.kind == "natural":
+        partitions = _natural(dataset, config, num_partitions)
+    else:
+        partitions = _drawn(dataset, config, num_partitions, seed)
+    _check_sizes(partitions, config)
+    return partitions
+
+
+def local_split(indices: Indices, labels: Indices, test_fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """Split a client's images into training and test, both with at least one image.
+
+    Parameters
+    ----------
+    indices : NDArray[np.int64]
+        The client's row numbers, shape [m].
+    labels : NDArray[np.int64]
+        Class of every row of the data set that ``indices`` points into, shape [n].
+    test_fraction : float
+        Share of the images to test on; each class keeps its share as nearly as whole images allow.
+    seed : int
+        Seed of the draw.
+
+    Returns
+    -------
+    train, test : tuple of NDArray[np.int64]
+        Row numbers; disjoint, together ``indices``.
+
+    Raises
+    ------
+    DataError
+        If there are fewer than two images.
+    """
+    if len(indices) < 2:
+        raise DataError(
+            f"A client needs an image to train on and one to test on; this one has {len(indices)} image(s)."
+        )
+    count = min(max(round(len(indices) * test_fraction), 1), len(indices) - 1)
+    is_test = np.zeros(len(indices), dtype=bool)
+    is_test[stratified_sample(labels[indices], count, seed)] = True
+    return indices[~is_test], indices[is_test]
+
+
+def partition_table(labels: Indices, partitions: Sequence[Indices], num_classes: int) -> Indices:
+    """Count the images per client and class.
+
+    Parameters
+    ----------
+    labels : NDArray[np.int64]
+        Class of every row of the data set, shape [n].
+    partitions : sequence of NDArray[np.int64]
+        Row numbers per client.
+    num_classes : int
+        Number of classes.
+
+    Returns
+    -------
+    NDArray[np.int64]
+        Counts, shape [clients, num_classes].
+    """
+    return np.stack([np.bincount(labels[indices], minlength=num_classes) for indices in partitions]).astype(np.int64)
+
+
+def _natural(dataset: "Dataset", config: PartitionConfig, num_partitions: int) -> list[Indices]:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    columns = [column for column in dataset.column_names if column != "image"]
+    if config.column not in columns:
+        raise ConfigError(f"partition.column={config.column!r} is not a column of the data: {', '.join(columns)}.")
+    values = dataset[config.column][:]
+    distinct = set(values)
+    if None in distinct:
+        raise ConfigError(f"partition.column={config.column!r} has rows without a value; fill them or drop the rows.")
+    if len(distinct) != num_partitions:
+        raise ConfigError(
+            f"partition.column={config.column!r} has {len(distinct)} distinct values and so makes {len(distinct)} "
+            f"clients, but {num_partitions} were started; start {len(distinct)} clients."
+        )
+    return _apply(NaturalIdPartitioner(partition_by="key"), np.arange(len(dataset)), values, num_partitions)
+
+
+def _drawn(dataset: "Dataset", config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
+    labels = labels_of(dataset)
+    draw = {"iid": _iid, "dirichlet": _dirichlet, "pathological": _pathological}[config.kind]
+    try:
+        with warnings.catch_warnings():  # the library's hints name its own arguments, not this config's
+            warnings.simplefilter("ignore")
+            partitions = draw(labels, config, num_partitions, seed)
+    except ValueError as error:
+        raise ConfigError(
+            f"A {config.kind} partition of {len(labels)} images over {num_partitions} clients failed: {error}"
+        ) from error
+    unused = np.setdiff1d(labels, labels[np.concatenate(partitions)])
+    if unused.size:
+        names = ", ".join(dataset.features["label"].int2str(unused.tolist()))
+        warnings.warn(
+            f"No client has images of these classes: {names}; raise the clients or "
+            f"partition.classes_per_client to use them.",
+            stacklevel=3,
+        )
+    return partitions
+
+
+def _iid(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
+    from flwr_datasets.partitioner import IidPartitioner
+
+    rows = np.random.default_rng(seed).permutation(len(labels))  # the partitioner itself cuts without shuffling
+    return _apply(IidPartitioner(num_partitions), rows, labels[rows], num_partitions)
+
+
+def _dirichlet(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    def draw(min_samples: int) -> list[Indices]:
+        partitioner = DirichletPartitioner(
+            num_partitions, partition_by="key", alpha=config.alpha, min_partition_size=min_samples, seed=seed
+        )
+        return _apply(partitioner, np.arange(len(labels)), labels, num_partitions)
+
+    try:
+        return draw(config.min_samples)
+    except ValueError:
+        return draw(0)  # one draw without the minimum: its sizes tell the user what goes wrong
+
+
+def _pathological(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
+    from flwr_datasets.partitioner import PathologicalPartitioner
+
+    partitioner = PathologicalPartitioner(
+        num_partitions,
+        partition_by="key",
+        num_classes_per_partition=config.classes_per_client,
+        class_assignment_mode="first-deterministic",  # the original paper's: no class unused if clients >= classes
+        seed=seed,
+    )
+    return _apply(partitioner, np.arange(len(labels)), labels, num_partitions)
+
+
+def _apply(partitioner: "Partitioner", rows: Indices, keys: Any, num_partitions: int) -> list[Indices]:
+    """Run a partitioner on a light table of row numbers and the values it goes by."""
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict({"row": rows, "key": keys}).with_format("numpy")
+    parts = [partitioner.load_partition(client)["row"][:] for client in range(num_partitions)]
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def _check_sizes(partitions: Sequence[Indices], config: PartitionConfig) -> None:
+    sizes = [len(indices) for indices in partitions]
+    if min(sizes) < config.min_samples:
+        raise ConfigError(
+            f"The {config.kind} partition leaves a client {min(sizes)} images, fewer than partition.min_samples="
+            f"{config.min_samples}; images per client: {', '.join(map(str, sizes))}. Start fewer clients, "
+            f"use more images, choose another partition or seed, or lower partition.min_samples."
+        )

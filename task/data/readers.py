@@ -1,0 +1,136 @@
+"""Read one split as it is stored: a package's own data, a hub data set, parquet files, or a folder per class."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from task.config import DatasetConfig
+from task.errors import ConfigError, DataError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def read_split(config: DatasetConfig, split: str, location: Path | None) -> datasets.Dataset:
+    """Read a split with the columns that the data itself has.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+        Kind of storage and names of the columns.
+    split : str
+        Hub split, start of the parquet file names, or sub-folder; not used for packaged data.
+    location : Path | None
+        Folder of the data on this node, for the sources ``parquet`` and ``folder``.
+
+    Returns
+    -------
+    datasets.Dataset
+        At least one image.
+
+    Raises
+    ------
+    ConfigError
+        If the config names data that cannot exist.
+    DataError
+        If the data is missing, unreadable or empty.
+    """
+    if config.source == "packaged":
+        dataset = _read_packaged(config)
+    elif config.source == "hub":
+        dataset = _read_hub(config, split)
+    elif location is None:
+        raise DataError(
+            f"The data set '{config.name}' (source {config.source}) lies on each node, and this node does not say "
+            f'where: set the node\'s own config data="/path" or the environment variable PETALWISE_DATA.'
+        )
+    elif config.source == "parquet":
+        dataset = _read_parquet(split, location)
+    else:
+        dataset = _read_folder(config, split, location)
+    if len(dataset) == 0:
+        raise DataError(f"The split '{split}' of the data set '{config.name}' has no images.")
+    return dataset
+
+
+def _read_packaged(config: DatasetConfig) -> datasets.Dataset:
+    if config.name != "digits":
+        raise ConfigError(f"dataset.name={config.name!r}: the only packaged data set is 'digits'.")
+    from sklearn.datasets import load_digits  # takes 2 s to import
+
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / digits.images.max())).astype(np.uint8)
+    return _labelled(config, list(images), digits.target.tolist(), [str(name) for name in digits.target_names])
+
+
+def _read_hub(config: DatasetConfig, split: str) -> datasets.Dataset:
+    # The config may come from another party: it must not make this node read its own files.
+    if not _HUB_REPOSITORY.fullmatch(config.path) or Path(config.path).exists():
+        raise ConfigError(f"dataset.path={config.path!r} must name a hub data set as owner/name, and no local folder.")
+    return _loaded(f"The split '{split}' of the hub data set {config.path}", config.path, split=split)
+
+
+def _read_parquet(split: str, location: Path) -> datasets.Dataset:
+    files = sorted(
+        str(file) for file in location.iterdir() if file.suffix == ".parquet" and file.name.startswith(split)
+    )
+    if not files:
+        raise DataError(
+            f"{location} has no parquet file whose name starts with '{split}'; correct dataset.train_split or "
+            f"dataset.test_split (an empty test_split holds out a part of the training split)."
+        )
+    return _loaded(f"The parquet files {split}* in {location}", "parquet", data_files=files, split="train")
+
+
+def _loaded(what: str, *arguments: str, **options: Any) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(*arguments, **options)
+    except Exception as error:  # storage, network and format libraries raise dozens of unrelated types here
+        raise DataError(f"{what} could not be read: {str(error).strip() or type(error).__name__}") from error
+
+
+def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.Dataset:
+    # Not the library's "imagefolder": it guesses splits from names, so that a class "test_tube" would go missing.
+    folder = _class_root(config, split, location)
+    splits = [location / name for name in (config.train_split, config.test_split) if name]
+    parents = {folder, *(path for path in splits if path.is_dir())}
+    names = sorted({path.name for parent in parents for path in parent.iterdir() if _is_class(path)})
+    files = {name: sorted(path for path in (folder / name).rglob("*") if _is_image(path)) for name in names}
+    images = [str(path) for paths in files.values() for path in paths]
+    if not images:
+        raise DataError(f"{folder} holds no images; expected one folder per class, as in {folder / 'cat' / '1.png'}.")
+    labels = [code for code, paths in enumerate(files.values()) for _ in paths]
+    return _labelled(config, images, labels, names)
+
+
+def _class_root(config: DatasetConfig, split: str, location: Path) -> Path:
+    """Find the folder whose sub-folders are the classes: the split's own, or the location where it has no splits."""
+    for name in (config.train_split, config.test_split):
+        if Path(name).name != name or name == "..":
+            raise ConfigError(f"The split {name!r} must be the name of a folder inside the data, not a path.")
+    if (location / split).is_dir():
+        return location / split
+    if split == config.train_split and not (config.test_split and (location / config.test_split).is_dir()):
+        return location
+    raise DataError(
+        f"{location} has no folder '{split}'; correct dataset.train_split or dataset.test_split "
+        f"(an empty test_split holds out a part of the training images)."
+    )
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _labelled(config: DatasetConfig, images: list[Any], labels: list[int], names: list[str]) -> datasets.Dataset:
+    label = datasets.ClassLabel(names=names)
+    features = datasets.Features({config.image_column: datasets.Image(), config.label_column: label})
+    columns = {config.image_column: images, config.label_column: labels}
+    return datasets.Dataset.from_dict(columns, features=features)
