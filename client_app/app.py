@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
@@ -119,7 +119,7 @@ def _reply(
     node: Node,
     worker: Worker,
     metrics: dict[str, int | float],
-    arrays: dict | None = None,
+    arrays: dict[str, Array] | None = None,
 ) -> Message:
     config = {
         "client": node.name,

@@ -71,7 +71,7 @@ def train(
         value = loss.item()
         if not torch.isfinite(loss):
             raise ModelError(f"The loss is {value} at local step {steps + 1}; lower train.lr.")
-        loss.backward()
+        torch.autograd.backward(loss)
         if received is not None:
             gradient.add_(flat.detach() - received, alpha=proximal_mu)
         optimizer.step()

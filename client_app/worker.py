@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from client_app.training import make_optimizer
@@ -16,7 +17,8 @@ from task.config import TaskConfig, task_from_json
 from task.data.batches import Normaliser
 from task.data.images import ImageSet, decode
 from task.data.partitions import local_split, partition_indices
-from task.data.sources import class_names, load_split, node_location
+from task.data.sampling import labels_of
+from task.data.sources import load_split, node_location
 from task.errors import ConfigError
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
@@ -77,7 +79,7 @@ class Worker:
         self._backbones = backbones
         self._dataset = load_split(task.dataset, "train", data, derive_seed(task.seed, "dataset"))
         self._clients: dict[tuple[int, int], ClientData] = {}
-        self._partitions: dict[int, list] = {}
+        self._partitions: dict[int, list[np.ndarray]] = {}
 
     @cached_property
     def device(self) -> torch.device:
@@ -92,7 +94,7 @@ class Worker:
     @cached_property
     def model(self) -> AdaptedModel:
         """The model; a message only copies values into it."""
-        model = build_model(self.task, len(class_names(self._dataset)), self._backbones)
+        model = build_model(self.task, len(self._dataset.features["label"].names), self._backbones)
         model.to(self.device)
         return model
 
@@ -104,7 +106,7 @@ class Worker:
     @cached_property
     def normaliser(self) -> Normaliser:
         """Maps uint8 batches to the backbone's input."""
-        return Normaliser(self.task.backbone.mean, self.task.backbone.std, self.device)
+        return Normaliser.of(self.task.backbone.mean, self.task.backbone.std, self.device)
 
     def client_data(self, node: Node) -> ClientData:
         """Return a client's images, decoded at the first call."""
@@ -122,7 +124,7 @@ class Worker:
         mine = self._partitions[node.num_partitions][node.partition_id]
         split_seed = derive_seed(seed, "split", node.name)
         fraction = self.task.dataset.client_test_fraction
-        train, test = local_split(mine, dataset.with_format("numpy")["label"][mine], fraction, split_seed)
+        train, test = local_split(mine, labels_of(dataset), fraction, split_seed)
         size = self.task.backbone.image_size
         return ClientData(
             train=decode(dataset.select(train), size).to(self.device),

@@ -17,7 +17,7 @@ from strategies.report import RoundReport
 from task.backbone import backbone_folder
 from task.config import TaskConfig, task_to_json
 from task.data.images import ImageSet, decode
-from task.data.sources import class_names, load_split, node_location
+from task.data.sources import load_split, node_location
 from task.errors import DataError, PetalwiseError
 from task.messages import FLAT, array_to_flat, flat_to_array
 from task.model import AdaptedModel, build_model
@@ -104,7 +104,7 @@ def _classes_and_test_images(settings: TaskConfig) -> tuple[list[str], ImageSet 
             raise
         log(WARNING, "No central evaluation: %s", error)
         return list(settings.dataset.classes), None
-    return class_names(split), decode(split, settings.backbone.image_size)
+    return split.features["label"].names, decode(split, settings.backbone.image_size)
 
 
 def _banner(run: ComposedRun, model: AdaptedModel, num_classes: int) -> str:

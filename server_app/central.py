@@ -31,7 +31,7 @@ def central_evaluation(
     callable
         Maps (server round, arrays) to accuracy in [0, 1] and mean loss.
     """
-    normaliser = Normaliser(task.backbone.mean, task.backbone.std, model.device)
+    normaliser = Normaliser.of(task.backbone.mean, task.backbone.std, model.device)
     images = test.to(model.device)
 
     def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord:

@@ -100,6 +100,9 @@ class ClientDirectory:
 
     def _admit(self, reply: Message, base: str) -> None:
         node = reply.metadata.src_node_id
+        if reply.has_error() and base:
+            self.refused[node] = f"error {reply.error.code}: {reply.error.reason}"
+            return
         if reply.has_error():
             log(WARNING, "Node %d does not say who it is (%s); its identity is its node id.", node, reply.error.reason)
             self.nodes[f"node-{node}"] = node

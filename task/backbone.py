@@ -13,12 +13,9 @@ from torch import nn
 
 from task.config import BackboneConfig
 from task.errors import ModelError
+from task.libraries import timm
 from task.packaged_weights import read_packaged_weights
 from task.seeding import derive_seed
-from task.torchvision_mend import mend_torchvision
-
-mend_torchvision()
-import timm  # noqa: E402
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent / "weights"
 BACKBONES_VARIABLE = "PETALWISE_BACKBONES"

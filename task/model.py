@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
 from torch import nn
 
 from task.backbone import base_hash, build_backbone, head_name
 from task.config import LoraConfig, TaskConfig
 from task.errors import ModelError
+from task.libraries import peft
 from task.seeding import derive_seed
 from task.units import Layout, make_layout
 
@@ -23,7 +22,7 @@ class AdaptedModel:
 
     Parameters
     ----------
-    module : PeftModel
+    module : peft.PeftModel
         The model; its trainable parameters are re-seated as views.
     layout : Layout
         Index of the trainable tensors.
@@ -31,7 +30,7 @@ class AdaptedModel:
         Hash of the frozen weights.
     """
 
-    def __init__(self, module: PeftModel, layout: Layout, base: str) -> None:
+    def __init__(self, module: peft.PeftModel, layout: Layout, base: str) -> None:
         self.module = module
         self.layout = layout
         self.base = base
@@ -84,7 +83,7 @@ def canonical_name(peft_name: str) -> str:
     return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
-def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
+def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
     """Wrap a backbone with a LoRA adapter (A Kaiming-uniform, B zero) and a fresh head, drawn from a seed.
 
     Raises
@@ -98,7 +97,7 @@ def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name != head})
             raise ModelError(f"lora.targets: {target!r} matches no linear layer. The model has: {', '.join(endings)}.")
-    settings = PeftLoraConfig(
+    settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
@@ -108,7 +107,7 @@ def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> PeftModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapter"))
         _reset_head(backbone.get_submodule(head))
-        return get_peft_model(backbone, settings)
+        return peft.get_peft_model(backbone, settings)
 
 
 def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) -> AdaptedModel:

@@ -15,14 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import load_dataset
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
-from task.torchvision_mend import mend_torchvision
-
-mend_torchvision()
-import timm  # noqa: E402
-
-from task.packaged_weights import write_packaged_weights  # noqa: E402
+from task.libraries import timm
+from task.packaged_weights import write_packaged_weights
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGUMENTS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
@@ -128,7 +124,8 @@ def main() -> None:
         loss = train_epoch(model, optimizer, train, epoch, arguments)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, progress)
         seconds = time.perf_counter() - began
-        print(f"epoch {epoch + 1:3d}/{arguments.epochs}  loss {loss:.3f}  test {accuracy(model, *test):.4f}  {seconds:.0f} s")
+        score = accuracy(model, *test)
+        print(f"epoch {epoch + 1:3d}/{arguments.epochs}  loss {loss:.3f}  test {score:.4f}  {seconds:.0f} s")
 
     recipe = {key: value for key, value in vars(arguments).items() if key not in ("data", "out")}
     record = {"data": "CIFAR-100, 25,000 training images", "recipe": recipe, "test_accuracy": accuracy(model, *test)}

@@ -114,9 +114,12 @@ def _natural(dataset: "Dataset", config: PartitionConfig, num_partitions: int) -
     if config.column not in columns:
         raise ConfigError(f"partition.column={config.column!r} is not a column of the data: {', '.join(columns)}.")
     values = dataset[config.column][:]
+    odd = next((value for value in values if not isinstance(value, str | int)), "")
+    if odd != "":
+        raise ConfigError(
+            f"partition.column={config.column!r} holds {odd!r}; it needs text or whole numbers in all rows."
+        )
     distinct = set(values)
-    if None in distinct:
-        raise ConfigError(f"partition.column={config.column!r} has rows without a value; fill them or drop the rows.")
     if len(distinct) != num_partitions:
         raise ConfigError(
             f"partition.column={config.column!r} has {len(distinct)} distinct values and so makes {len(distinct)} "
@@ -127,6 +130,8 @@ def _natural(dataset: "Dataset", config: PartitionConfig, num_partitions: int) -
 
 def _drawn(dataset: "Dataset", config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
     labels = labels_of(dataset)
+    if not 1 <= num_partitions <= len(labels):
+        raise ConfigError(f"{len(labels)} images cannot be shared by {num_partitions} clients; start fewer clients.")
     draw = {"iid": _iid, "dirichlet": _dirichlet, "pathological": _pathological}[config.kind]
     try:
         with warnings.catch_warnings():  # the library's hints name its own arguments, not this config's
@@ -136,15 +141,19 @@ def _drawn(dataset: "Dataset", config: PartitionConfig, num_partitions: int, see
         raise ConfigError(
             f"A {config.kind} partition of {len(labels)} images over {num_partitions} clients failed: {error}"
         ) from error
+    _warn_of_unused_classes(dataset, labels, partitions)
+    return partitions
+
+
+def _warn_of_unused_classes(dataset: "Dataset", labels: Indices, partitions: Sequence[Indices]) -> None:
     unused = np.setdiff1d(labels, labels[np.concatenate(partitions)])
     if unused.size:
-        names = ", ".join(dataset.features["label"].int2str(unused.tolist()))
+        names = ", ".join(dataset.features["label"].int2str(unused[:5].tolist()))
         warnings.warn(
-            f"No client has images of these classes: {names}; raise the clients or "
-            f"partition.classes_per_client to use them.",
-            stacklevel=3,
+            f"No client has images of {unused.size} of the classes ({names}{', ...' if unused.size > 5 else ''}); "
+            f"start more clients or raise partition.classes_per_client to use them.",
+            stacklevel=4,
         )
-    return partitions
 
 
 def _iid(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
@@ -172,6 +181,11 @@ def _dirichlet(labels: Indices, config: PartitionConfig, num_partitions: int, se
 def _pathological(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
     from flwr_datasets.partitioner import PathologicalPartitioner
 
+    present = len(np.unique(labels))
+    if config.classes_per_client > present:
+        raise ConfigError(
+            f"partition.classes_per_client={config.classes_per_client}, but the data has {present} classes."
+        )
     partitioner = PathologicalPartitioner(
         num_partitions,
         partition_by="key",
@@ -186,8 +200,8 @@ def _apply(partitioner: "Partitioner", rows: Indices, keys: Any, num_partitions:
     """Run a partitioner on a light table of row numbers and the values it goes by."""
     from datasets import Dataset
 
-    partitioner.dataset = Dataset.from_dict({"row": rows, "key": keys}).with_format("numpy")
-    parts = [partitioner.load_partition(client)["row"][:] for client in range(num_partitions)]
+    partitioner.dataset = Dataset.from_dict({"row": rows, "key": keys}).with_format("arrow")
+    parts = [partitioner.load_partition(client)["row"] for client in range(num_partitions)]
     return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
 
 

@@ -89,7 +89,8 @@ def _loaded(what: str, *arguments: str, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # storage, network and format libraries raise dozens of unrelated types here
-        raise DataError(f"{what} could not be read: {str(error).strip() or type(error).__name__}") from error
+        reason = error.__cause__ or error  # "an error occurred while generating the dataset" hides its cause
+        raise DataError(f"{what} could not be read: {str(reason).strip() or type(reason).__name__}") from error
 
 
 def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.Dataset:

@@ -1,0 +1,69 @@
+"""Find and end processes by a mark in their environment, whatever session or parent they have ended up with."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+import psutil
+
+KILL_SECONDS = 10.0
+"""How long killed processes may take to be gone."""
+
+
+class MarkedProcesses:
+    """The live processes that inherited one environment variable with one value.
+
+    Parents and process groups do not tell whose a process is: Flower and Ray put their helpers in sessions of their
+    own, and some outlive their parent.
+
+    Parameters
+    ----------
+    name : str
+        Name of the variable.
+    value : str
+        A value that nobody else uses, such as the path of a fresh folder.
+    """
+
+    def __init__(self, name: str, value: str) -> None:
+        self._name = name
+        self._value = value
+
+    def find(self, *, without: Sequence[str] = ()) -> list[psutil.Process]:
+        """Return the live processes, save those that run one of the commands in `without`."""
+        marked = [
+            p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(self._name) == self._value
+        ]
+        return [process for process in marked if not any(_runs(process, command) for command in without)]
+
+    def terminate(self, command: str) -> None:
+        """Send SIGTERM to those that run `command`."""
+        for process in self.find():
+            if _runs(process, command):
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+
+    def wait_gone(self, seconds: float, *, without: Sequence[str] = ()) -> bool:
+        """Wait until none is left, at most `seconds`; tell whether that came true."""
+        deadline = time.monotonic() + seconds
+        while self.find(without=without):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def kill(self, *, without: Sequence[str] = ()) -> None:
+        """Kill them, and those that they start meanwhile, until none is left."""
+        deadline = time.monotonic() + KILL_SECONDS
+        while (left := self.find(without=without)) and time.monotonic() < deadline:
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            time.sleep(0.1)
+
+
+def _runs(process: psutil.Process, command: str) -> bool:
+    try:
+        words: list[str] = process.cmdline()
+    except psutil.Error:  # it has just ended
+        return False
+    return any(word.rpartition("/")[2] == command for word in words[:2])  # after the interpreter for a script
