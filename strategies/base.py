@@ -1,13 +1,11 @@
 """The strategy that all others refine: stable identities, checked replies, one flat model, serialisable state."""
 
 import dataclasses
-import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from logging import ERROR, INFO, WARNING
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -17,17 +15,22 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from strategies.codec import Codec
 from strategies.cohort import ClientDirectory, draw_cohort, refusal_summary
-from strategies.replies import Collected, Evaluation, Update, check_evaluation, check_update, replies_by_client
+from strategies.loop import EvaluateFn, OnRound, RoundLoop
+from strategies.replies import (
+    Collected,
+    Evaluation,
+    Update,
+    check_all,
+    check_evaluation,
+    check_update,
+    first_metrics,
+    mean_metric,
+    replies_by_client,
+)
 from strategies.report import RoundReport
 from task.config import bounded
-from task.errors import MessageError, TooFewClientsError
-from task.messages import ARRAYS, CONFIG, Instruction, content_bytes
+from task.messages import ARRAYS, CONFIG, Instruction
 from task.units import Layout
-
-EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-OnRound = Callable[[RoundReport], None]
-NODE_POLL_SECONDS = 1.0
-R = TypeVar("R")
 
 
 @dataclass
@@ -84,7 +87,9 @@ class LayerwiseStrategy(Strategy):
         self.server_round = 0
         self.failed_rounds = 0
         self.merged_rounds = 0
-        self._report = RoundReport(0)
+        self.num_rounds = 0
+        self.asked: list[str] = []
+        self.report = RoundReport(0)
 
     # --- What a strategy decides ---------------------------------------------------------------------------
 
@@ -94,7 +99,7 @@ class LayerwiseStrategy(Strategy):
 
     def instruction(self, server_round: int) -> Instruction:
         """Say what clients shall do in a round."""
-        evaluate = self.config.evaluate_clients == "train" and self._evaluates(server_round - 1)
+        evaluate = self.config.evaluate_clients == "train" and self.evaluates_after(server_round - 1)
         return Instruction(
             server_round, self.context.task, self.codec.layout.digest, evaluate="received" if evaluate else "none"
         )
@@ -118,6 +123,10 @@ class LayerwiseStrategy(Strategy):
         self.server_round = state["server_round"]
         self.failed_rounds = state["failed_rounds"]
         self.merged_rounds = state["merged_rounds"]
+
+    def evaluates_after(self, server_round: int) -> bool:
+        """Tell whether the model of a round is evaluated."""
+        return server_round % self.config.evaluate_every == 0 or server_round == self.num_rounds
 
     # --- Flower's interface --------------------------------------------------------------------------------
 
@@ -144,7 +153,7 @@ class LayerwiseStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies and merge the good ones; (None, None) leaves the model as it was."""
         collected = self._collect_updates(replies)
-        updates, report = collected.good, self._report
+        updates, report = collected.good, self.report
         report.clients_dropped.update(collected.dropped)
         for client, reason in collected.dropped.items():
             log(WARNING, "Round %d: client %s is dropped: %s", server_round, client, reason)
@@ -154,7 +163,7 @@ class LayerwiseStrategy(Strategy):
         merged = self.merge(server_round, updates)
         self.flat, self.failed_rounds, self.merged_rounds = merged, 0, self.merged_rounds + 1
         report.merged, report.clients_used = True, [update.client for update in updates]
-        report.train_loss = _mean_metric(updates, "train-loss")
+        report.train_loss = mean_metric(updates, "train-loss")
         metrics = {"num-examples": sum(update.num_examples for update in updates)}
         loss = {} if report.train_loss is None else {"train-loss": report.train_loss}
         return self.codec.encode(merged), MetricRecord({**metrics, **loss})
@@ -163,17 +172,17 @@ class LayerwiseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Make the messages that ask every client to evaluate, in rounds where clients evaluate."""
-        mode, last = self.config.evaluate_clients, server_round == self._num_rounds
-        due = (mode == "phase" and self._evaluates(server_round)) or (mode == "train" and last)
+        mode, last = self.config.evaluate_clients, server_round == self.num_rounds
+        due = (mode == "phase" and self.evaluates_after(server_round)) or (mode == "train" and last)
         if not due:
             return []
         return self._messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the evaluations and take their unweighted mean."""
-        answered, failed = replies_by_client(replies, self.directory, self._expected)
-        evaluations = _checked(answered, failed, check_evaluation)
-        self._report.clients_dropped.update({name: f"evaluation: {why}" for name, why in evaluations.dropped.items()})
+        answered, failed = replies_by_client(replies, self.directory, self.asked)
+        evaluations = check_all(answered, failed, check_evaluation)
+        self.report.clients_dropped.update({name: f"evaluation: {why}" for name, why in evaluations.dropped.items()})
         for client, reason in evaluations.dropped.items():
             log(WARNING, "Round %d: evaluation of client %s is dropped: %s", server_round, client, reason)
         return self._note_evaluations(evaluations.good, server_round)
@@ -220,86 +229,18 @@ class LayerwiseStrategy(Strategy):
             replies, or no round had enough.
         """
         self.codec = Codec(initial_arrays, self.context.layout)
-        self.flat, self._num_rounds = self.codec.decode(initial_arrays).clone(), num_rounds
-        result = Result(arrays=initial_arrays)
+        self.flat = self.codec.decode(initial_arrays).clone()
+        self.num_rounds = num_rounds
         self.summary()
-        self._discover(grid, timeout)
-        for server_round in range(num_rounds + 1):
-            self._report = RoundReport(server_round)
-            with self._timed("total"):
-                if server_round:
-                    self._train_round(server_round, grid, train_config or ConfigRecord(), timeout, result)
-                    self._evaluate_round(server_round, grid, evaluate_config or ConfigRecord(), timeout, result)
-                self._evaluate_centrally(server_round, evaluate_fn, result)
-            if on_round:
-                on_round(self._report)
-            self._stop_if_hopeless()
-        return result
+        configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
+        return RoundLoop(self, grid, initial_arrays, num_rounds, timeout, *configs, evaluate_fn, on_round).run()
 
-    # --- The round -----------------------------------------------------------------------------------------
-
-    def _discover(self, grid: Grid, timeout: float) -> None:
-        """Wait until enough clients have said who they are."""
-        deadline = time.monotonic() + timeout
-        while True:
-            self.directory.discover(grid, self.context.task, self.codec.layout.digest, self.context.base, timeout)
-            found, refused = len(self.directory.nodes), list(self.directory.refused.values())
-            if found >= self.config.min_clients:
-                return
-            if time.monotonic() > deadline or refused:
-                break
-            time.sleep(NODE_POLL_SECONDS)
-        raise TooFewClientsError(
-            f"{found} client(s) can take part, strategy.min_clients={self.config.min_clients} are needed. "
-            f"Refused: {refusal_summary(refused) or 'none'}"
-        )
-
-    def _train_round(self, server_round: int, grid: Grid, config: ConfigRecord, timeout: float, result: Result) -> None:
-        """Discover clients that joined, send the model and let the cohort train, merge the replies."""
-        self.server_round = server_round
-        self.directory.discover(grid, self.context.task, self.codec.layout.digest, self.context.base, timeout)
-        with self._timed("train"):
-            replies = self._exchange(grid, self.configure_train(server_round, result.arrays, config, grid), timeout)
-        busy = _busiest_worker_seconds(replies)
-        self._report.seconds["wait"] = round(max(0.0, self._report.seconds["train"] - busy), 4)
-        with self._timed("aggregate"):
-            arrays, metrics = self.aggregate_train(server_round, replies)
-        if arrays is not None and metrics is not None:
-            result.arrays, result.train_metrics_clientapp[server_round] = arrays, metrics
-
-    def _evaluate_round(
-        self, server_round: int, grid: Grid, config: ConfigRecord, timeout: float, result: Result
-    ) -> None:
-        messages = self.configure_evaluate(server_round, result.arrays, config, grid)
-        if not messages:
-            return
-        with self._timed("evaluate"):
-            metrics = self.aggregate_evaluate(server_round, self._exchange(grid, messages, timeout))
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _evaluate_centrally(self, server_round: int, evaluate_fn: EvaluateFn | None, result: Result) -> None:
-        if evaluate_fn is None or not self._evaluates(server_round):
-            return
-        with self._timed("evaluate"):
-            metrics = evaluate_fn(server_round, result.arrays)
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics
-            self._report.central = {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
-
-    def _exchange(self, grid: Grid, messages: list[Message], timeout: float) -> list[Message]:
-        """Send messages and wait for the replies, counting the bytes of both."""
-        self._report.bytes_down += sum(content_bytes(message.content) for message in messages)
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        for message, client in zip(messages, self._expected, strict=True):
-            self.directory.remember(message, client)
-        self._report.bytes_up += sum(content_bytes(reply.content) for reply in replies if reply.has_content())
-        return replies
+    # --- Parts ----------------------------------------------------------------------------------------------
 
     def _messages(
         self, kind: str, clients: Sequence[str], server_round: int, arrays: ArrayRecord, config: ConfigRecord
     ) -> list[Message]:
-        self._expected = list(clients)
+        self.asked = list(clients)
         instruction = ConfigRecord({**config, **self.instruction(server_round).to_record()})
         return [
             Message(
@@ -313,21 +254,22 @@ class LayerwiseStrategy(Strategy):
 
     def _collect_updates(self, replies: Iterable[Message]) -> Collected[Update]:
         """Check train replies, and the evaluations that came with them."""
-        answered, failed = replies_by_client(replies, self.directory, self._expected)
-        updates = _checked(
+        answered, failed = replies_by_client(replies, self.directory, self.asked)
+        updates = check_all(
             answered, failed, lambda reply, client: check_update(reply, client, self.codec, self.context.base)
         )
         good = {update.client for update in updates.good}
-        with_test = {c: r for c, r in answered.items() if c in good and "test-accuracy" in _first_metrics(r)}
+        with_test = {c: r for c, r in answered.items() if c in good and "test-accuracy" in first_metrics(r)}
         if with_test:
-            evaluations = _checked(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
+            evaluations = check_all(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
+            self.report.clients_dropped.update(evaluations.dropped)
             self._note_evaluations(evaluations.good, self.server_round - 1)
         return updates
 
     def _note_evaluations(self, evaluations: Sequence[Evaluation], server_round: int) -> MetricRecord | None:
         if not evaluations:
             return None
-        report = self._report
+        report = self.report
         report.clients_accuracy = {evaluation.client: evaluation.accuracy for evaluation in evaluations}
         report.clients_accuracy_mean = sum(report.clients_accuracy.values()) / len(evaluations)
         report.clients_evaluated_round = server_round
@@ -343,59 +285,3 @@ class LayerwiseStrategy(Strategy):
             self.config.min_clients,
             refusal_summary(reasons),
         )
-
-    def _stop_if_hopeless(self) -> None:
-        finished = self._report.server_round == self._num_rounds > 0
-        if self.failed_rounds >= self.config.max_failed_rounds or (finished and not self.merged_rounds):
-            raise TooFewClientsError(
-                f"{self.failed_rounds} successive round(s) up to round {self._report.server_round} had fewer than "
-                f"strategy.min_clients={self.config.min_clients} good replies. "
-                f"Last reasons: {refusal_summary(list(self._report.clients_dropped.values())) or 'none given'}"
-            )
-
-    def _evaluates(self, server_round: int) -> bool:
-        return server_round % self.config.evaluate_every == 0 or server_round == self._num_rounds
-
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        """Add the wall-clock seconds of a step to the round's report."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = self._report.seconds
-            seconds[step] = round(seconds.get(step, 0.0) + time.perf_counter() - began, 4)
-
-
-def _checked(answered: dict[str, Message], failed: dict[str, str], check: Callable[[Message, str], R]) -> Collected[R]:
-    """Apply a check to every reply, in identity order."""
-    collected: Collected[R] = Collected(dropped=dict(failed))
-    for client, reply in answered.items():
-        try:
-            collected.good.append(check(reply, client))
-        except MessageError as error:
-            collected.dropped[client] = str(error)
-    return collected
-
-
-def _first_metrics(reply: Message) -> MetricRecord:
-    return next(iter(reply.content.metric_records.values()), MetricRecord())
-
-
-def _mean_metric(updates: Sequence[Update], key: str) -> float | None:
-    """Mean of a metric over the updates that have it, weighted by examples."""
-    pairs = [(u.num_examples, float(value)) for u in updates if isinstance(value := u.metrics.get(key), int | float)]
-    return sum(n * value for n, value in pairs) / sum(n for n, _ in pairs) if pairs else None
-
-
-def _busiest_worker_seconds(replies: Iterable[Message]) -> float:
-    """Seconds that the busiest worker process spent on its clients, by the clients' own account."""
-    busy: dict[str, float] = {}
-    for reply in replies:
-        if reply.has_content():
-            worker = str(
-                reply.content.config_records.get(CONFIG, ConfigRecord()).get("worker", reply.metadata.src_node_id)
-            )
-            seconds = _first_metrics(reply).get("seconds", 0.0)
-            busy[worker] = busy.get(worker, 0.0) + (float(seconds) if isinstance(seconds, int | float) else 0.0)
-    return max(busy.values(), default=0.0)

@@ -1,6 +1,6 @@
 """Every reply is checked before it counts."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -128,6 +128,28 @@ def check_evaluation(reply: Message, client: str, prefix: str = "") -> Evaluatio
         raise MessageError(f"its accuracy is {accuracy}, outside [0, 1].")
     loss = float(number_field(metrics, f"{prefix}loss"))
     return Evaluation(client, _num_examples(metrics, f"{prefix}num-examples"), accuracy, loss)
+
+
+def check_all(answered: dict[str, Message], failed: dict[str, str], check: Callable[[Message, str], R]) -> Collected[R]:
+    """Apply a check to every reply, in identity order."""
+    collected: Collected[R] = Collected(dropped=dict(failed))
+    for client, reply in answered.items():
+        try:
+            collected.good.append(check(reply, client))
+        except MessageError as error:
+            collected.dropped[client] = str(error)
+    return collected
+
+
+def first_metrics(reply: Message) -> MetricRecord:
+    """Take the first metric record of a reply, an empty one if there is none."""
+    return next(iter(reply.content.metric_records.values()), MetricRecord())
+
+
+def mean_metric(updates: Sequence[Update], key: str) -> float | None:
+    """Average a metric over the updates that have it, weighted by examples."""
+    pairs = [(u.num_examples, float(value)) for u in updates if isinstance(value := u.metrics.get(key), int | float)]
+    return sum(n * value for n, value in pairs) / sum(n for n, _ in pairs) if pairs else None
 
 
 def _metrics(reply: Message) -> MetricRecord:

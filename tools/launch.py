@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _Interrupted as interrupt:
         print(f"Interrupted by {interrupt.signal.name}; everything that was started is stopped.", file=sys.stderr)
         return 128 + interrupt.signal
-    print(outcome.reason, file=sys.stdout if outcome.completed else sys.stderr)
+    print(outcome.summary, file=sys.stdout if outcome.completed else sys.stderr)
     return 0 if outcome.completed else 1
 
 

@@ -61,12 +61,14 @@ class RunOutcome:
         return self.status == COMPLETED
 
     @property
-    def reason(self) -> str:
-        """One message that says how the run ended and repeats the last error lines of its log."""
+    def summary(self) -> str:
+        """One message that says how the run ended and, if badly, repeats the last error lines of its log."""
         message = f"Run {self.run_id} ended as {self.status} after {self.seconds:.0f} s"
+        if self.completed:
+            return message
         errors = [line for line in self.log.splitlines() if _ERROR.match(line) and "Exit Code:" not in line]
         once = list(dict.fromkeys(reversed(errors)))[:ERROR_LINES]
-        return "\n".join([f"{message}: {self.details}" if self.details else message, *reversed(once)])
+        return "\n".join([f"{message}: {self.details}", *reversed(once)])
 
 
 class SimulationSuperLink:

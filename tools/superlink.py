@@ -24,7 +24,7 @@ CALL_SECONDS = 120.0
 """How long one ``flwr`` command may take; 1 to 3 seconds on an idle machine."""
 SETTLE_SECONDS = 15.0
 """How long the processes of a run may take to leave by themselves."""
-TEMPORARY_LENGTH = 18
+TEMPORARY_LENGTH = 17
 """Longest name of a temporary folder in which the paths of Ray's sockets stay within the system's 104 bytes."""
 CONNECTION = "own"
 HOST = "127.0.0.1"
@@ -237,8 +237,8 @@ def superlink_process(settings: Mapping[str, str], *, keep: bool = False) -> Ite
     SuperLinkProcess
         The SuperLink, ready for runs.
     """
-    parent = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="plw-", dir=parent if len(parent) <= TEMPORARY_LENGTH else "/tmp")).resolve()  # noqa: S108
+    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= TEMPORARY_LENGTH else "/tmp"  # noqa: S108
+    folder = Path(tempfile.mkdtemp(prefix="plw-", dir=parent)).resolve()
     with ExitStack() as cleanup:  # each step is taken even if an interrupt cuts the one before it short
         cleanup.callback(_dispose, folder, keep)
         process = SuperLinkProcess(folder, settings)
@@ -266,14 +266,13 @@ def _environment(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
     env["RAY_TMPDIR"] = str(folder)
     env["RAY_USAGE_STATS_ENABLED"] = "0"
     env["PYTHONUNBUFFERED"] = "1"
-    _append(env, "PYTHONWARNINGS", "ignore::FutureWarning:ray._private.worker")
-    _append(env, "NO_PROXY", HOST)
-    _append(env, "no_proxy", HOST)
+    env["PYTHONWARNINGS"] = _join(env.get("PYTHONWARNINGS"), "ignore::FutureWarning:ray._private.worker")
+    env["NO_PROXY"] = env["no_proxy"] = _join(env.get("no_proxy") or env.get("NO_PROXY"), HOST)
     return {**env, **settings}
 
 
-def _append(env: dict[str, str], name: str, value: str) -> None:
-    env[name] = f"{env[name]},{value}" if env.get(name) else value
+def _join(present: str | None, value: str) -> str:
+    return f"{present},{value}" if present else value
 
 
 def _executable(name: str) -> str:
