@@ -33,7 +33,7 @@ def main(grid: Grid, context: Context) -> None:
         run_federation(grid, compose_run(context.run_config))
     except PetalwiseError as error:
         log(ERROR, "The run stops: %s", error)
-        raise
+        raise type(error)(str(error)) from None
 
 
 def run_federation(grid: Grid, run: ComposedRun) -> Path:

@@ -1,6 +1,6 @@
 """From Flower's run config to one typed, checked config, by Hydra's compose API over ``conf/``."""
 
-import difflib
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from strategies import STRATEGIES, StrategyConfig
-from task.config import TaskConfig, bounded, typed
-from task.errors import ConfigError
+from task.config import TaskConfig, bounded, explained, typed
+from task.errors import ConfigError, did_you_mean
 
 CONF_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 FIRST_CLASS_KEYS = ("strategy", "backbone", "dataset", "partition", "num-server-rounds", "seed", "runs-dir")
@@ -65,20 +65,19 @@ def compose_run(run_config: Mapping[str, Any]) -> ComposedRun:
     ConfigError
         Naming the wrong key or value and the choices there are.
     """
-    overrides = _overrides(run_config)
-    composed = _compose(overrides)
-    settings = typed(RunSettings, composed)
+    composed = _compose(_overrides(run_config))
+    settings = typed(RunSettings, OmegaConf.to_container(composed))  # plain, as ``+key=value`` may add unknown keys
     name = settings.strategy.get("name")
-    if name not in STRATEGIES:
-        raise ConfigError(f"strategy.name={name!r} is not one of: {', '.join(sorted(STRATEGIES))}.")
-    strategy = typed(STRATEGIES[name].Config, settings.strategy)
+    if name not in (names := sorted(STRATEGIES)):
+        raise ConfigError(f"strategy.name={name!r} is not one of: {', '.join(names)}.{did_you_mean(str(name), names)}")
+    strategy = typed(STRATEGIES[name].Config, settings.strategy, "strategy.")
     return ComposedRun(settings, strategy, OmegaConf.to_yaml(composed))
 
 
 def _overrides(run_config: Mapping[str, Any]) -> list[str]:
     """Turn Flower's run config into a list of Hydra overrides."""
     given = {key: run_config[key] for key in FIRST_CLASS_KEYS if key in run_config}
-    first_class = [f"{key.replace('-', '_')}={_quoted(key, value)}" for key, value in given.items()]
+    first_class = [f"{key.replace('-', '_')}={_quoted(value)}" for key, value in given.items()]
     text = str(run_config.get("overrides", ""))
     try:
         return [*first_class, *shlex.split(text)]
@@ -86,9 +85,11 @@ def _overrides(run_config: Mapping[str, Any]) -> list[str]:
         raise ConfigError(f"overrides={text!r} cannot be split into words: {error}.") from error
 
 
-def _quoted(key: str, value: Any) -> Any:
-    """Quote a path so that Hydra's grammar takes it as it is."""
-    return f'"{value}"' if key == "runs-dir" else value
+def _quoted(value: Any) -> Any:
+    """Quote a text so that Hydra's grammar takes it as it is."""
+    if not isinstance(value, str):
+        return value
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda match: 2 * match[1] + (match[2] and '\\"'), value) + '"'
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -99,41 +100,23 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         except MissingConfigException as error:
             raise ConfigError(_missing_option(error)) from error
         except HydraException as error:
-            raise ConfigError(_wrong_override(error, overrides)) from error
+            raise ConfigError(_wrong_override(error)) from error
+        except ValueError as error:  # a group, such as ``train``, set to a number or to null
+            raise ConfigError(f"overrides={' '.join(overrides)!r} cannot be used: {error}.") from error
 
 
 def _missing_option(error: MissingConfigException) -> str:
-    group, _, option = (error.missing_cfg_file or "").rpartition("/")
-    choices = [choice for choice in error.options or [] if choice != "schema"]
-    near = difflib.get_close_matches(option, choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"{group}={option!r} is not one of: {', '.join(sorted(choices))}.{hint}"
+    group, _, option = (error.missing_cfg_file or "").partition("/")
+    choices = sorted(choice for choice in error.options or [] if choice != "schema")
+    return f"{group}={option!r} is not one of: {', '.join(choices)}.{did_you_mean(option, choices)}"
 
 
-def _wrong_override(error: HydraException, overrides: Sequence[str]) -> str:
-    """Say which override is wrong and what could stand there."""
-    cause = error.__cause__
-    text = str(cause if isinstance(cause, OmegaConfBaseException) else error).splitlines()[0]
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if (unknown := _unknown_key(key)) is not None:
-            return f"overrides: {override!r} is wrong: {unknown}"
-        if key in f"{error} {getattr(cause, 'full_key', '')}":
-            return f"overrides: {override!r} is wrong: {text}"
-    return f"overrides: {text}"
-
-
-def _unknown_key(key: str) -> str | None:
-    """Say where a dotted key leaves the default config, and which keys there are; None if it exists."""
-    node: Any = compose(config_name="config")
-    path = key.split(".")
-    for depth, part in enumerate(path):
-        if not isinstance(node, DictConfig):
-            return f"{'.'.join(path[:depth])!r} is a value, it has no keys."
-        if part not in node:
-            near = difflib.get_close_matches(part, list(map(str, node)), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            where = ".".join(path[:depth]) or "the config"
-            return f"{where} has no key {part!r}; it has: {', '.join(map(str, node))}.{hint}"
-        node = node[part]
-    return None
+def _wrong_override(error: HydraException) -> str:
+    """Say which override is wrong and why; of an unknown key, which keys there are."""
+    cause, lines = error.__cause__, str(error).splitlines()
+    if isinstance(error, OverrideParseException):
+        return f"The override {error.override!r} is not of the form key=value: {lines[0]}."
+    if not isinstance(cause, OmegaConfBaseException):
+        return ": ".join(lines[:2])
+    override = lines[0].removeprefix("Error merging override ")
+    return explained(cause) if override == lines[0] else f"The override {override!r} cannot be used. {explained(cause)}"

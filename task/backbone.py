@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +20,8 @@ from task.seeding import derive_seed
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent / "weights"
 BACKBONES_VARIABLE = "PETALWISE_BACKBONES"
+REFUSED_ARGUMENTS = ("checkpoint_path", "cache_dir", "features_only", "img_size", "num_classes", "pretrained")
+"""Starts of timm's arguments that say what other keys say, or make timm read or write other files."""
 
 
 def backbone_folder(node_config: Mapping[str, object]) -> Path | None:
@@ -109,10 +112,16 @@ def head_name(model: nn.Module) -> str:
 
 
 def _create(config: BackboneConfig, num_classes: int, **options: Any) -> nn.Module:
+    refused = [name for name in config.arguments if name.startswith(REFUSED_ARGUMENTS)]
+    if refused:
+        raise ModelError(
+            f"backbone.arguments: {refused[0]!r} is not allowed; use the other keys of backbone instead "
+            "(source, checkpoint, image_size)."
+        )
     arguments = {"img_size": config.image_size, **config.arguments, **options}
     try:
         return timm.create_model(config.name, num_classes=num_classes, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, OSError) as error:
+    except Exception as error:  # models raise many unrelated types on arguments that do not fit
         raise ModelError(
             f"timm cannot build {config.name!r} at {config.image_size} px from source {config.source!r}: {error}"
         ) from error
@@ -120,16 +129,26 @@ def _create(config: BackboneConfig, num_classes: int, **options: Any) -> nn.Modu
 
 def _read_state(config: BackboneConfig, folder: Path | None) -> dict[str, torch.Tensor]:
     file_name = config.checkpoint
-    if config.source == "packaged":
-        return read_packaged_weights(PACKAGED_FOLDER / Path(file_name).name)
     if not file_name or Path(file_name).name != file_name:
         raise ModelError(f"backbone.checkpoint={file_name!r} must be a bare file name, without a folder.")
+    if config.source == "packaged":
+        return _read_packaged(file_name)
     if folder is None or not (folder / file_name).is_file():
         raise ModelError(
             f"The backbone file {file_name!r} is not in this party's backbone folder ({folder or 'none is set'}). "
             f'Set the node config backbones="/folder" or the environment variable {BACKBONES_VARIABLE}.'
         )
-    return load_file(folder / file_name)
+    try:
+        return load_file(folder / file_name)
+    except SafetensorError as error:
+        raise ModelError(f"The backbone file {file_name!r} is no intact safetensors file: {error}.") from error
+
+
+def _read_packaged(file_name: str) -> dict[str, torch.Tensor]:
+    if not (PACKAGED_FOLDER / file_name).is_file():
+        packaged = ", ".join(sorted(path.name for path in PACKAGED_FOLDER.glob("*.json"))) or "none"
+        raise ModelError(f"backbone.checkpoint={file_name!r} does not come with the app, which has: {packaged}.")
+    return read_packaged_weights(PACKAGED_FOLDER / file_name)
 
 
 def _from_state(config: BackboneConfig, num_classes: int, state: dict[str, torch.Tensor]) -> nn.Module:
@@ -142,5 +161,5 @@ def _from_state(config: BackboneConfig, num_classes: int, state: dict[str, torch
             "It must hold this model under timm's parameter names."
         )
     body = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
-    overlay = {"state_dict": body, "num_classes": None, "custom_load": False}
+    overlay = {"state_dict": body, "num_classes": -1, "custom_load": False}
     return _create(config, num_classes, pretrained=True, pretrained_cfg_overlay=overlay)

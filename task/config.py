@@ -6,13 +6,14 @@ choices by :func:`validate`. The :class:`TaskConfig` part travels to the clients
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from task.errors import ConfigError
+from task.errors import ConfigError, did_you_mean
 
 MAX_TASK_JSON_BYTES = 65_536
 T = TypeVar("T")
@@ -25,9 +26,10 @@ def bounded(
     at_least: float | None = None,
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
+    items: int | None = None,
 ) -> Any:
-    """Declare a config field with a default and the values it may take (bounds hold for list items too)."""
-    bounds = {"above": above, "at_least": at_least, "at_most": at_most, "choices": choices}
+    """Declare a config field with a default and the values it may take (of a list: each item, and how many items)."""
+    bounds = {"above": above, "at_least": at_least, "at_most": at_most, "choices": choices, "items": items}
     metadata = {key: bound for key, bound in bounds.items() if bound is not None and bound != ()}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -48,9 +50,9 @@ class BackboneConfig:
     """Side of the square input, pixels; position embeddings are resampled to it by timm."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``timm.create_model`` (patch_size, embed_dim, ...)."""
-    mean: list[float] = bounded([0.5, 0.5, 0.5], at_least=0.0, at_most=1.0)
+    mean: list[float] = bounded([0.5, 0.5, 0.5], at_least=0.0, at_most=1.0, items=3)
     """Per-channel mean subtracted from images scaled to [0, 1]."""
-    std: list[float] = bounded([0.5, 0.5, 0.5], above=0.0, at_most=1.0)
+    std: list[float] = bounded([0.5, 0.5, 0.5], above=0.0, at_most=1.0, items=3)
     """Per-channel deviation that divides images scaled to [0, 1]."""
 
 
@@ -163,6 +165,9 @@ def validate(config: Any, path: str = "") -> None:
     """
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), f"{path}{item.name}"
+        items = item.metadata.get("items")
+        if items and len(value) != items:
+            raise ConfigError(f"{name}={value} must have {items} items.")
         if dataclasses.is_dataclass(value):
             validate(value, f"{name}.")
         for entry in value if isinstance(value, list) else [value]:
@@ -172,8 +177,8 @@ def validate(config: Any, path: str = "") -> None:
 def _check_bounds(name: str, value: Any, bounds: dict[str, Any]) -> None:
     if "choices" in bounds and value not in bounds["choices"]:
         raise ConfigError(f"{name}={value!r} is not one of: {', '.join(bounds['choices'])}.")
-    if isinstance(value, float) and value != value:
-        raise ConfigError(f"{name} is NaN; give a number.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} is not a finite number.")
     if "above" in bounds and not value > bounds["above"]:
         raise ConfigError(f"{name}={value} must be greater than {bounds['above']}.")
     if "at_least" in bounds and not value >= bounds["at_least"]:
@@ -182,8 +187,22 @@ def _check_bounds(name: str, value: Any, bounds: dict[str, Any]) -> None:
         raise ConfigError(f"{name}={value} must be at most {bounds['at_most']}.")
 
 
-def typed(schema: type[T], values: Any) -> T:
+def typed(schema: type[T], values: Any, path: str = "") -> T:
     """Build a config dataclass from plain values, checking keys, types, ranges and choices.
+
+    Parameters
+    ----------
+    schema : type
+        The dataclass.
+    values : Any
+        A dict, or what OmegaConf takes for one.
+    path : str
+        Where the values stand in the whole config, such as ``strategy.``; errors name their keys with it.
+
+    Returns
+    -------
+    T
+        The dataclass, complete.
 
     Raises
     ------
@@ -193,9 +212,21 @@ def typed(schema: type[T], values: Any) -> T:
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{schema.__name__}: {str(error).splitlines()[0]}") from error
-    validate(config)
+        raise ConfigError(explained(error, path)) from error
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError("The config is nested too deeply or holds too large a number; it was not read.") from error
+    validate(config, path)
     return config  # type: ignore[return-value]
+
+
+def explained(error: OmegaConfBaseException, path: str = "") -> str:
+    """Turn OmegaConf's error into a sentence with the whole key; of an unknown key, also which keys there are."""
+    key, parent = f"{path}{error.full_key or ''}", error.parent_node
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
+        where, _, last = key.rpartition(".")
+        names = [str(name) for name in parent]
+        return f"{where or 'The config'} has no key {last!r}; it has: {', '.join(names)}.{did_you_mean(last, names)}"
+    return f"{key or 'The config'}: {str(error).splitlines()[0].rstrip('.')}."
 
 
 def task_to_json(config: TaskConfig) -> str:
@@ -214,12 +245,15 @@ def task_from_json(text: str) -> TaskConfig:
         If the text is too long, is not JSON, holds an interpolation (``${...}`` is never resolved on
         a client), or does not fit the schema.
     """
-    if len(text) > MAX_TASK_JSON_BYTES or "${" in text:
-        raise ConfigError("The received task config is too long or holds an interpolation; it was not read.")
+    if len(text) > MAX_TASK_JSON_BYTES:
+        raise ConfigError("The received task config is too long; it was not read.")
     try:
         values = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"The received task config is not JSON: {error}") from error
+        decoded = json.dumps(values, ensure_ascii=False)  # without escapes, which could hide an interpolation
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The received task config is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError("The received task config is not a JSON object.")
+    if "${" in decoded:
+        raise ConfigError("The received task config holds an interpolation; it was not read.")
     return typed(TaskConfig, values)

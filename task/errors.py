@@ -1,5 +1,8 @@
 """Errors that a person is meant to read: what was wrong, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class PetalwiseError(Exception):
     """Base of the errors whose message is written for the user; shown without a traceback."""
@@ -23,3 +26,9 @@ class MessageError(PetalwiseError):
 
 class TooFewClientsError(PetalwiseError):
     """Too few clients gave usable replies for the run to go on."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Suggest the choice nearest to a mistyped word, as a sentence with a blank before it; empty if none is near."""
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

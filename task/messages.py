@@ -112,9 +112,9 @@ def array_to_flat(array: Array, size: int) -> np.ndarray:
     buffer = io.BytesIO(array.data)
     try:
         if np.lib.format.read_magic(buffer) != (1, 0):
-            raise MessageError("The array is not in version 1.0 of NumPy's format.")
+            raise ValueError("it is not in version 1.0 of NumPy's format")
         shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
-    except ValueError as error:
+    except Exception as error:  # NumPy's parser raises many unrelated types on broken headers
         raise MessageError(f"The array's header cannot be read: {error}") from error
     if dtype != np.dtype("<f4"):
         raise MessageError(f"The array has dtype {dtype}, expected float32.")

@@ -1,5 +1,6 @@
 """A backbone with a LoRA adapter, its trainable tensors lying in one flat array."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,14 +90,10 @@ def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> peft.Peft
     Raises
     ------
     ModelError
-        If no module ends with one of the targets; lists what the model has.
+        If a target matches no linear layer, or anything else; lists what the model has.
     """
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
     head = head_name(backbone)
-    for target in config.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            endings = sorted({".".join(name.split(".")[-2:]) for name in linear if name != head})
-            raise ModelError(f"lora.targets: {target!r} matches no linear layer. The model has: {', '.join(endings)}.")
+    _check_targets(backbone, head, config.targets)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -137,6 +134,18 @@ def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) 
     module = add_adapter(backbone, task.lora, task.seed).eval()
     shapes = {canonical_name(name): p.shape for name, p in module.named_parameters() if p.requires_grad}
     return AdaptedModel(module, make_layout(shapes, task.lora.units, head), base)  # type: ignore[arg-type]
+
+
+def _check_targets(backbone: nn.Module, head: str, targets: Sequence[str]) -> None:
+    """Refuse targets by which peft would adapt nothing, or a convolution."""
+    is_linear = {name: isinstance(module, nn.Linear) for name, module in backbone.named_modules() if name != head}
+    for target in targets or [""]:
+        matched = [name for name in is_linear if name == target or name.endswith(f".{target}")]
+        other = [name for name in matched if not is_linear[name]]
+        if other or not matched:
+            found = f"{other[0]}, which is no linear layer" if other else "no linear layer"
+            endings = sorted({".".join(name.split(".")[-2:]) for name, linear in is_linear.items() if linear})
+            raise ModelError(f"lora.targets: {target!r} matches {found}. The model has: {', '.join(endings)}.")
 
 
 def _reset_head(head: nn.Module) -> None:

@@ -28,12 +28,9 @@ class MarkedProcesses:
         self._name = name
         self._value = value
 
-    def find(self, *, without: Sequence[str] = ()) -> list[psutil.Process]:
-        """Return the live processes, save those that run one of the commands in `without`."""
-        marked = [
-            p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(self._name) == self._value
-        ]
-        return [process for process in marked if not any(_runs(process, command) for command in without)]
+    def find(self) -> list[psutil.Process]:
+        """Return those that live now."""
+        return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(self._name) == self._value]
 
     def terminate(self, command: str) -> None:
         """Send SIGTERM to those that run `command`."""
@@ -42,19 +39,19 @@ class MarkedProcesses:
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
 
-    def wait_gone(self, seconds: float, *, without: Sequence[str] = ()) -> bool:
-        """Wait until none is left, at most `seconds`; tell whether that came true."""
+    def wait_gone(self, command: str, seconds: float) -> None:
+        """Wait until none runs `command` any more, at most `seconds`."""
         deadline = time.monotonic() + seconds
-        while self.find(without=without):
-            if time.monotonic() > deadline:
-                return False
+        while time.monotonic() < deadline and any(_runs(process, command) for process in self.find()):
             time.sleep(0.2)
-        return True
 
     def kill(self, *, without: Sequence[str] = ()) -> None:
-        """Kill them, and those that they start meanwhile, until none is left."""
+        """Kill them, and those that they start meanwhile, save those that run one of the commands in `without`."""
         deadline = time.monotonic() + KILL_SECONDS
-        while (left := self.find(without=without)) and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            left = [process for process in self.find() if not any(_runs(process, command) for command in without)]
+            if not left:
+                return
             for process in left:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

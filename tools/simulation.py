@@ -29,6 +29,7 @@ _PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # what `flwr run` takes
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _BLANK = re.compile(r"\s*([A-Z]+\s*:)?\s*")  # nothing, or a level without a message
 _ERROR = re.compile(r"(ERROR|CRITICAL)\s*:|[A-Za-z_][\w.]*(Error|Exception)\b")
+_NOTHING = re.compile(r"Exit Code:|Traceback \(most recent|Simulation raised an exception")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RunOutcome:
         message = f"Run {self.run_id} ended as {self.status} after {self.seconds:.0f} s"
         if self.completed:
             return message
-        errors = [line for line in self.log.splitlines() if _ERROR.match(line) and "Exit Code:" not in line]
+        errors = [line for line in self.log.splitlines() if _ERROR.match(line) and not _NOTHING.search(line)]
         once = list(dict.fromkeys(reversed(errors)))[:ERROR_LINES]
         return "\n".join([f"{message}: {self.details}", *reversed(once)])
 
@@ -141,10 +142,14 @@ class SimulationSuperLink:
         Raises
         ------
         ConfigError
-            If the run is refused.
+            If the run cannot be as asked for, or Flower refuses it.
         PetalwiseError
             If the SuperLink is lost.
         """
+        if clients < 1 or cpus_per_client < 1:
+            raise ConfigError(
+                f"A run needs at least 1 client and 1 CPU per client, not {clients} and {cpus_per_client}."
+            )
         pairs = _complete_run_config(run_config, runs_dir.resolve(), self._link.folder)
         federation = f"num-supernodes={clients} client-resources-num-cpus={cpus_per_client}"
         federation += f" client-resources-num-gpus={float(gpus_per_client)}"

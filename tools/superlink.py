@@ -22,12 +22,18 @@ START_SECONDS = 120.0
 """How long a SuperLink may take until it answers; some 3 seconds on an idle machine."""
 CALL_SECONDS = 120.0
 """How long one ``flwr`` command may take; 1 to 3 seconds on an idle machine."""
+STATUS_ATTEMPTS = 5
+"""How often a status is asked for before the run is given up; one refusal may be due to a busy machine."""
 SETTLE_SECONDS = 15.0
-"""How long the processes of a run may take to leave by themselves."""
+"""How long ``flwr-simulation`` may take to leave, by itself and then when asked to."""
 TEMPORARY_LENGTH = 17
 """Longest name of a temporary folder in which the paths of Ray's sockets stay within the system's 104 bytes."""
+TAIL_LINES = 20
+"""How much of the SuperLink's output is shown when it fails."""
 CONNECTION = "own"
 HOST = "127.0.0.1"
+RAY_TIP_IGNORED = "ignore::FutureWarning:ray._private.worker"
+SIMULATION = "flwr-simulation"
 STAYING = ("flower-superlink", "flower-superexec")
 """The commands that outlive a run."""
 
@@ -118,17 +124,15 @@ class SuperLinkProcess:
         Raises
         ------
         PetalwiseError
-            If the SuperLink does not tell, as when it died.
+            If the SuperLink does not tell, or has died.
         """
-        answer = self._flwr("ls", CONNECTION, "--run-id", str(run_id))
-        if not answer.get("success"):
-            raise PetalwiseError(
-                f"The SuperLink no longer knows how run {run_id} is doing: {answer.get('error-message', '')}\n"
-                f"The last lines of its output:\n{_tail(self._output_file)}"
-            )
-        run = answer["runs"][0]
-        details = run["status-details"]
-        return run["status"], "" if details == "N/A" else details
+        for _ in range(STATUS_ATTEMPTS):
+            answer = self._flwr("ls", CONNECTION, "--run-id", str(run_id))
+            if answer.get("success"):
+                run = answer["runs"][0]
+                return run["status"], "" if run["status-details"] == "N/A" else run["status-details"]
+            time.sleep(1)
+        raise PetalwiseError(f"Flower does not tell how run {run_id} is doing: {answer.get('error-message', '')}")
 
     def open_log(self, run_id: int) -> subprocess.Popen[str]:
         """Start ``flwr log --stream``, which prints the log of a run from its beginning and exits at its end."""
@@ -147,8 +151,8 @@ class SuperLinkProcess:
     def settle(self) -> None:
         """Wait until the finished run's processes have left, so that the next run does not share the machine."""
         self._run_id = None
-        if not self._all.wait_gone(SETTLE_SECONDS, without=STAYING):
-            self._end_run_processes()
+        self._all.wait_gone(SIMULATION, SETTLE_SECONDS)
+        self._end_run_processes()
 
     def stop_run(self) -> None:
         """Stop the active run and its processes; the SuperLink stays."""
@@ -188,6 +192,8 @@ class SuperLinkProcess:
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         """Run one ``flwr`` command and return the JSON that it prints."""
         shown = f"`flwr {arguments[0]}`"
+        if self._process is None or self._process.poll() is not None:
+            raise PetalwiseError(f"The SuperLink has died. The last lines of its output:\n{_tail(self._output_file)}")
         try:
             result = subprocess.run(  # noqa: S603 - a command of this environment
                 [_executable("flwr"), *arguments, "--format", "json"],
@@ -215,10 +221,10 @@ class SuperLinkProcess:
         return [line.partition(" | ")[2].partition(" | ")[2] for line in lines if line.startswith("ERROR")]
 
     def _end_run_processes(self) -> None:
-        """Ask ``flwr-simulation`` to leave, and Ray with it: by itself it notices a stopped run after half a minute."""
-        self._all.terminate("flwr-simulation")
-        if not self._all.wait_gone(SETTLE_SECONDS, without=STAYING):
-            self._all.kill(without=STAYING)
+        """Have ``flwr-simulation`` leave and take Ray with it: by itself it notices a stop after half a minute."""
+        self._all.terminate(SIMULATION)
+        self._all.wait_gone(SIMULATION, SETTLE_SECONDS)
+        self._all.kill(without=STAYING)
 
 
 @contextmanager
@@ -266,13 +272,10 @@ def _environment(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
     env["RAY_TMPDIR"] = str(folder)
     env["RAY_USAGE_STATS_ENABLED"] = "0"
     env["PYTHONUNBUFFERED"] = "1"
-    env["PYTHONWARNINGS"] = _join(env.get("PYTHONWARNINGS"), "ignore::FutureWarning:ray._private.worker")
-    env["NO_PROXY"] = env["no_proxy"] = _join(env.get("no_proxy") or env.get("NO_PROXY"), HOST)
+    env["SPT_NOENV"] = "1"  # else Ray's processes write their titles over the environment that they are found by
+    env["PYTHONWARNINGS"] = ",".join(filter(None, [env.get("PYTHONWARNINGS"), RAY_TIP_IGNORED]))
+    env["NO_PROXY"] = env["no_proxy"] = ",".join(filter(None, [env.get("no_proxy") or env.get("NO_PROXY"), HOST]))
     return {**env, **settings}
-
-
-def _join(present: str | None, value: str) -> str:
-    return f"{present},{value}" if present else value
 
 
 def _executable(name: str) -> str:
@@ -300,8 +303,9 @@ def _healthy(port: int) -> bool:
         connection.close()
 
 
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+def _tail(path: Path) -> str:
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
+    return "\n".join(plain.splitlines()[-TAIL_LINES:])
 
 
 def _refusal(app: Path, said: str, logged: Sequence[str]) -> str:
@@ -309,4 +313,5 @@ def _refusal(app: Path, said: str, logged: Sequence[str]) -> str:
     message = f"Flower refused to run the app in {app.resolve()}: {reason}"
     if logged:
         message += f"\nThe SuperLink logged: {logged[0]}"
-    return f"{message}\nCheck --run-config against the keys that [tool.flwr.app.config] in its pyproject.toml declares."
+        message += "\nA run-config key must be declared in [tool.flwr.app.config] of the app's pyproject.toml."
+    return message

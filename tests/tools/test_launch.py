@@ -1,12 +1,14 @@
 """The launcher against the real Flower: an app of a few lines, completed, failing, refused, too long, interrupted."""
 
+import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 
 from task.errors import ConfigError, PetalwiseError
@@ -99,10 +101,15 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def processes_that_see(data: Path) -> list[psutil.Process]:
+def processes_that_see(data: Path) -> list[Path]:
     """All processes with `data` as PETALWISE_DATA: what a launcher with ``--data`` started, whatever became of it."""
-    found = psutil.process_iter(["environ"])
-    return [process for process in found if (process.info["environ"] or {}).get("PETALWISE_DATA") == str(data)]
+    mark = f"PETALWISE_DATA={data}\0".encode()
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # another user's, or just ended
+            if mark in environment.read_bytes():
+                found.append(environment.parent)
+    return found
 
 
 @pytest.mark.e2e
@@ -120,36 +127,50 @@ def test_completed_run_exits_0_and_shows_its_log(app: Path, tmp_path: Path, caps
     assert not processes_that_see(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulationSuperLink]:
+    """One SuperLink for several command lines, which thus need not start their own."""
+    data = tmp_path_factory.mktemp("data")
+    with SimulationSuperLink(data=data) as link:
+        yield link
+    assert not processes_that_see(data)
+
+
+def run_on(link: SimulationSuperLink, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
+    def run_app_there(app: Path, *, data: None, backbones: None, keep: bool, **options: Any) -> RunOutcome:
+        return link.run(app, **options)
+
+    monkeypatch.setattr("tools.launch.run_app", run_app_there)
+    return main(arguments)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_undeclared_key_exits_2_and_names_the_key(
+    app: Path, shared: SimulationSuperLink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_on(shared, monkeypatch, [str(app), "-c", 'colour="red"']) == 2
+    assert "'colour'" in capsys.readouterr().err
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_run_that_lasts_too_long_exits_1(
+    app: Path, shared: SimulationSuperLink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_on(shared, monkeypatch, [str(app), "-c", 'mode="sleep"', "--timeout", "8"]) == 1
+    assert re.search("finished:stopped .* longer than 8 seconds", capsys.readouterr().err)
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_raising_server_app_exits_1_with_the_reason(
-    app: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    app: Path, shared: SimulationSuperLink, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main([str(app), "--clients", "2", "--data", str(tmp_path), "-c", 'mode="raise"'])
+    assert run_on(shared, monkeypatch, [str(app), "--clients", "2", "-c", 'mode="raise"']) == 1
     error = capsys.readouterr().err
-    assert code == 1
     assert "finished:failed" in error
     assert "ValueError: told to fail" in error
-    assert not processes_that_see(tmp_path)
-
-
-@pytest.mark.e2e
-@pytest.mark.slow
-def test_one_superlink_refuses_stops_and_goes_on(app: Path, tmp_path: Path) -> None:
-    with SimulationSuperLink(data=tmp_path) as link:
-        with pytest.raises(ConfigError, match="colour"):
-            link.run(app, run_config=['colour="red"'], output=None)
-
-        begin = time.monotonic()
-        stopped = link.run(app, run_config=['mode="sleep"'], clients=2, timeout=8, output=None)
-        assert not stopped.completed
-        assert stopped.status == "finished:stopped"
-        assert "longer than 8 seconds" in stopped.details
-        assert "still asleep" in stopped.log
-        assert time.monotonic() - begin < PATIENCE
-
-        assert link.run(app, clients=2, output=None).completed
-    assert not processes_that_see(tmp_path)
 
 
 @pytest.mark.e2e
@@ -164,13 +185,13 @@ def test_interrupt_stops_everything(app: Path, tmp_path: Path) -> None:
         assert any("still asleep" in line for line in launcher.stdout)
         started = processes_that_see(tmp_path)
         assert started
-        home = Path(started[0].environ()["FLWR_HOME"])
+        [home] = set(re.findall(r"\0FLWR_HOME=([^\0]*)", "".join((p / "environ").read_text() for p in started)))
         launcher.send_signal(signal.SIGINT)
         _, error = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGINT
     assert "SIGINT" in error
     assert not processes_that_see(tmp_path)
-    assert not home.parent.exists()
+    assert not Path(home).parent.exists()
 
 
 def test_refusal_and_failure_have_different_exit_codes(

@@ -1,0 +1,103 @@
+"""A Flower app whose clients answer by a script, and a grid whose replies come in any order."""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from strategies import STRATEGIES, LayerwiseStrategy, TaskContext
+from task.messages import ARRAYS, CONFIG, FLAT, METRICS, Instruction, flat_to_array, received_config, received_flat
+from task.units import Layout, make_layout
+from tools.debug import InProcessGrid
+
+BASE = "ab" * 32
+LAYOUT = make_layout(
+    {
+        "blocks.0.attn.qkv.lora_A.weight": (2, 4),
+        "blocks.0.attn.qkv.lora_B.weight": (6, 2),
+        "blocks.1.attn.qkv.lora_A.weight": (2, 4),
+        "blocks.1.attn.qkv.lora_B.weight": (6, 2),
+        "head.weight": (3, 4),
+        "head.bias": (3,),
+    }
+)
+
+
+@dataclass
+class Script:
+    """What each client answers, by its name; every field maps (name, round, received) to a part of the reply."""
+
+    values: Callable[[str, int, np.ndarray], np.ndarray] = lambda name, server_round, received: received + int(name) + 1
+    num_examples: Callable[[str], int] = lambda name: 10 * (int(name) + 1)
+    edit: Callable[[str, int, RecordDict], RecordDict] = lambda name, server_round, content: content
+    base: Callable[[str], str] = lambda name: BASE
+    layout: Layout = LAYOUT
+    heard: list[tuple[str, Instruction, np.ndarray]] = field(default_factory=list)
+
+
+def scripted_app(script: Script) -> ClientApp:
+    """Make a ClientApp that keeps to the message contract and answers by the script."""
+    app = ClientApp()
+
+    @app.query("identify")
+    def identify(message: Message, context: Context) -> Message:
+        name = str(context.node_config["name"])
+        record = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
+        return Message(RecordDict({CONFIG: record}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        name = str(context.node_config["name"])
+        instruction = Instruction.from_record(received_config(message))
+        received = received_flat(message, script.layout.size)
+        script.heard.append((name, instruction, received.copy()))
+        values = script.values(name, instruction.server_round, received).astype(np.float32)
+        metrics = MetricRecord({"num-examples": script.num_examples(name), "train-loss": 1.0, "seconds": 0.0})
+        config = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
+        content = RecordDict({ARRAYS: ArrayRecord({FLAT: flat_to_array(values)}), METRICS: metrics, CONFIG: config})
+        return Message(script.edit(name, instruction.server_round, content), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        accuracy = (int(context.node_config["name"]) + 1) / 100
+        metrics = MetricRecord({"num-examples": 5, "accuracy": accuracy, "loss": 1.0, "seconds": 0.0})
+        return Message(RecordDict({METRICS: metrics}), reply_to=message)
+
+    return app
+
+
+class ShufflingGrid(InProcessGrid):
+    """Gives nodes their names in a shuffled order and returns replies in another."""
+
+    def __init__(self, client_app: ClientApp, names: Iterable[str], shuffle: int | None = None) -> None:
+        self.random = random.Random(shuffle)
+        order = list(names)
+        if shuffle is not None:
+            self.random.shuffle(order)
+        super().__init__(client_app, [{"name": name} for name in order])
+        self.shuffled = shuffle is not None
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        if self.shuffled:
+            self.random.shuffle(replies)
+        return replies
+
+
+def make_strategy(name: str, seed: int = 0, **options: object) -> LayerwiseStrategy:
+    """Make a registered strategy for the scripted clients."""
+    kind = STRATEGIES[name]
+    return kind(kind.Config(name=name, **options), TaskContext("{}", LAYOUT, BASE, seed))
+
+
+def initial_arrays() -> ArrayRecord:
+    """Initial values that differ in every element."""
+    return ArrayRecord({FLAT: flat_to_array(np.linspace(-1, 1, LAYOUT.size, dtype=np.float32))})
+
+
+def final_flat(arrays: ArrayRecord) -> np.ndarray:
+    """Values of a final flat record."""
+    return arrays[FLAT].numpy()

@@ -1,0 +1,280 @@
+import re
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from strategies import FedAvg, FedAvgConfig
+from task.errors import MessageError, TooFewClientsError
+from task.messages import ARRAYS, CONFIG, FLAT, METRICS, content_bytes, flat_to_array
+from tests.strategies.scripted import (
+    LAYOUT,
+    Script,
+    ShufflingGrid,
+    final_flat,
+    initial_arrays,
+    make_strategy,
+    scripted_app,
+)
+from tools.debug import InProcessGrid
+
+NAMES = ["0", "1", "2", "3"]
+
+
+def start(script=None, clients=NAMES, rounds=1, strategy=None, **options):
+    strategy = strategy or make_strategy("fedavg", **options)
+    reports = []
+    grid = ShufflingGrid(scripted_app(script or Script()), clients)
+    result = strategy.start(grid, initial_arrays(), num_rounds=rounds, on_round=reports.append)
+    return result, reports
+
+
+def test_fedavg_weighs_by_examples():
+    result, _ = start()
+    weights = np.array([10, 20, 30, 40]) / 100
+    expected = final_flat(initial_arrays()) + (weights * [1, 2, 3, 4]).sum()
+    np.testing.assert_allclose(final_flat(result.arrays), expected, rtol=1e-6)
+
+
+def test_fedprox_asks_clients_for_the_proximal_term_and_fedavg_does_not():
+    for name, options, mu in [("fedprox", {"proximal_mu": 0.5}, 0.5), ("fedavg", {}, 0.0)]:
+        script = Script()
+        start(script, strategy=make_strategy(name, **options))
+        assert {instruction.proximal_mu for _, instruction, _ in script.heard} == {mu}
+
+
+def spoil(client, change):
+    def edit(name, server_round, content):
+        if name == client:
+            change(content)
+        return content
+
+    return Script(edit=edit)
+
+
+def set_array(values):
+    def change(content):
+        content[ARRAYS] = ArrayRecord({FLAT: values})
+
+    return change
+
+
+def set_metric(key, value):
+    def change(content):
+        content[METRICS][key] = value
+
+    return change
+
+
+def drop(key):
+    def change(content):
+        del content[key]
+
+    return change
+
+
+BAD_REPLIES = {
+    "shape": (set_array(flat_to_array(np.zeros(LAYOUT.size - 1, np.float32))), "shape"),
+    "oversized": (set_array(flat_to_array(np.zeros(10 * LAYOUT.size, np.float32))), "shape"),
+    "dtype": (set_array(Array(np.zeros(LAYOUT.size, np.float64))), "dtype float64"),
+    "lying header": (
+        set_array(Array("float32", (LAYOUT.size,), "numpy.ndarray", flat_to_array(np.zeros(2, np.float32)).data)),
+        "shape",
+    ),
+    "garbage": (set_array(Array("float32", (LAYOUT.size,), "numpy.ndarray", b"garbage")), "header|format"),
+    "no array": (drop(ARRAYS), "0 array records"),
+    "no metrics": (drop(METRICS), "metric record"),
+    "no config": (drop(CONFIG), "config"),
+    "no examples": (set_metric("num-examples", 0), "num-examples"),
+    "negative examples": (set_metric("num-examples", -4), "num-examples"),
+    "absurd examples": (set_metric("num-examples", 10**15), "num-examples"),
+    "nan examples": (set_metric("num-examples", float("nan")), "num-examples"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REPLIES)
+def test_a_bad_reply_is_dropped_by_name_and_the_round_goes_on(kind):
+    change, reason = BAD_REPLIES[kind]
+    result, reports = start(spoil("1", change))
+    expected, _ = start(clients=["0", "2", "3"])
+    assert list(reports[1].clients_dropped) == ["1"]
+    assert re.search(reason, reports[1].clients_dropped["1"])
+    np.testing.assert_array_equal(final_flat(result.arrays), final_flat(expected.arrays))
+
+
+def test_an_exception_in_a_client_is_dropped_with_its_text():
+    def values(name, server_round, received):
+        if name == "3":
+            raise RuntimeError("no disk left")
+        return received
+
+    _, reports = start(Script(values=values))
+    assert "no disk left" in reports[1].clients_dropped["3"]
+    assert reports[1].clients_used == ["0", "1", "2"]
+
+
+def test_a_client_with_another_base_model_is_refused_by_name():
+    strategy = make_strategy("fedavg")
+    _, reports = start(Script(base=lambda name: "cd" * 32 if name == "2" else "ab" * 32), strategy=strategy)
+    assert reports[1].clients_used == ["0", "1", "3"]
+    (reason,) = strategy.directory.refused.values()
+    assert "client '2'" in reason
+    assert "same backbone" in reason
+
+
+def test_a_base_model_that_changes_after_the_start_is_dropped():
+    answers = iter(["ab" * 32] * len(NAMES))
+    _, reports = start(Script(base=lambda name: next(answers, "cd" * 32 if name == "0" else "ab" * 32)))
+    assert "hash cdcd" in reports[1].clients_dropped["0"]
+
+
+def test_two_nodes_of_the_same_name_are_told_apart():
+    strategy = make_strategy("fedavg")
+    _, reports = start(clients=["0", "1", "1"], strategy=strategy)
+    assert reports[1].clients_used == ["0", "1"]
+    assert "already has the name '1'" in next(iter(strategy.directory.refused.values()))
+
+
+def test_too_few_clients_stop_the_run_at_once():
+    with pytest.raises(TooFewClientsError, match=r"1 client\(s\) can take part, strategy.min_clients=3"):
+        start(Script(base=lambda name: "ab" * 32 if name == "0" else "cd" * 32), min_clients=3)
+
+
+class SlowGrid(ShufflingGrid):
+    """Client 2 never answers a train message in time."""
+
+    def pull_messages(self, message_ids):
+        slow = next(node for node, context in self.contexts.items() if context.node_config["name"] == "2")
+        replies = list(super().pull_messages(message_ids))
+        return [r for r in replies if r.metadata.message_type != "train" or r.metadata.src_node_id != slow]
+
+
+def test_a_client_that_is_late_is_named():
+    reports = []
+    make_strategy("fedavg").start(
+        SlowGrid(scripted_app(Script()), NAMES), initial_arrays(), num_rounds=1, on_round=reports.append
+    )
+    assert reports[1].clients_dropped == {"2": "no reply within the timeout"}
+
+
+def test_bytes_are_those_of_the_messages():
+    class CountingGrid(ShufflingGrid):
+        down = up = 0
+
+        def send_and_receive(self, messages, *, timeout=None):
+            messages = list(messages)
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            if messages[0].metadata.message_type != "query.identify":
+                self.down += sum(content_bytes(m.content) for m in messages)
+                self.up += sum(content_bytes(r.content) for r in replies)
+            return replies
+
+    grid, reports = CountingGrid(scripted_app(Script()), NAMES), []
+    make_strategy("fedavg").start(grid, initial_arrays(), num_rounds=2, on_round=reports.append)
+    assert sum(report.bytes_down for report in reports) == grid.down
+    assert sum(report.bytes_up for report in reports) == grid.up
+    assert reports[1].bytes_down > 2 * len(NAMES) * 4 * LAYOUT.size
+
+
+def test_the_shared_array_is_serialised_once():
+    contents = []
+
+    class SpyGrid(ShufflingGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            contents.extend(m.content for m in messages if m.metadata.message_type == "train")
+            return super().push_messages(messages)
+
+    make_strategy("fedavg").start(SpyGrid(scripted_app(Script()), NAMES), initial_arrays(), num_rounds=1)
+    assert len({id(content[ARRAYS][FLAT]) for content in contents}) == 1
+
+
+def test_each_client_can_be_sent_its_own_content():
+    class Own(FedAvg):
+        def content_for(self, client, shared):
+            return ArrayRecord({FLAT: flat_to_array(np.full(LAYOUT.size, float(client), np.float32))})
+
+    own, script = Own(FedAvgConfig(), make_strategy("fedavg").context), Script()
+    start(script, strategy=own)
+    assert {(name, float(received[0])) for name, _, received in script.heard} == {(n, float(n)) for n in NAMES}
+
+
+@pytest.mark.parametrize(("mode", "rounds_evaluated"), [("phase", [None, 1, 2, 3]), ("off", [None] * 4)])
+def test_clients_evaluate_as_configured(mode, rounds_evaluated):
+    _, reports = start(rounds=3, evaluate_clients=mode)
+    assert [report.clients_evaluated_round for report in reports] == rounds_evaluated
+    if mode == "phase":
+        assert reports[1].clients_accuracy == {"0": 0.01, "1": 0.02, "2": 0.03, "3": 0.04}
+        assert reports[1].clients_accuracy_mean == pytest.approx(0.025)
+
+
+def test_evaluation_can_come_every_n_rounds_and_after_the_last():
+    called = []
+
+    def evaluate(server_round, arrays):
+        called.append(server_round)
+        return MetricRecord({"accuracy": 0.5, "loss": 1.0})
+
+    grid = ShufflingGrid(scripted_app(Script()), NAMES)
+    reports = []
+    strategy = make_strategy("fedavg", evaluate_every=2)
+    strategy.start(grid, initial_arrays(), num_rounds=5, evaluate_fn=evaluate, on_round=reports.append)
+    assert called == [0, 2, 4, 5]
+    assert [r.clients_evaluated_round for r in reports] == [None, None, 2, None, 4, 5]
+    assert reports[1].central == {}
+    assert reports[2].central == {"accuracy": 0.5, "loss": 1.0}
+
+
+def ordinary_app() -> ClientApp:
+    """An app of another make: named arrays, its own record names, no query handler."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        weights = next(iter(message.content.array_records.values()))
+        changed = ArrayRecord({name: Array(array.numpy() + 1.0) for name, array in weights.items()})
+        content = RecordDict({"arrays": changed, "metrics": MetricRecord({"num-examples": 3})})
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(
+            RecordDict({"m": MetricRecord({"num-examples": 3, "accuracy": 0.5, "loss": 1.0})}), reply_to=message
+        )
+
+    return app
+
+
+def test_works_in_a_flower_app_of_another_make():
+    arrays = ArrayRecord({"w": Array(np.zeros((2, 3), np.float32)), "b": Array(np.ones(3, np.float32))})
+    result = FedAvg().start(InProcessGrid(ordinary_app(), [{}, {}]), arrays, num_rounds=2)
+    np.testing.assert_allclose(result.arrays["w"].numpy(), np.full((2, 3), 2.0), rtol=1e-6)
+    np.testing.assert_allclose(result.arrays["b"].numpy(), np.full(3, 3.0), rtol=1e-6)
+    assert result.evaluate_metrics_clientapp[2]["accuracy"] == 0.5
+
+
+def test_arrays_that_are_not_float32_are_refused_at_the_start():
+    arrays = ArrayRecord({"steps": Array(np.zeros(3, np.int64))})
+    with pytest.raises(MessageError, match="'steps' is int64"):
+        FedAvg().start(InProcessGrid(ordinary_app(), [{}, {}]), arrays)
+
+
+def test_extra_train_config_reaches_the_clients():
+    seen = []
+
+    def edit(name, server_round, content):
+        return content
+
+    script = Script(edit=edit)
+    app = scripted_app(script)
+
+    class SpyGrid(ShufflingGrid):
+        def push_messages(self, messages):
+            messages = list(messages)
+            seen.extend(m.content[CONFIG].get("flavour") for m in messages if m.metadata.message_type == "train")
+            return super().push_messages(messages)
+
+    config = ConfigRecord({"flavour": "rose"})
+    make_strategy("fedavg").start(SpyGrid(app, NAMES), initial_arrays(), num_rounds=1, train_config=config)
+    assert seen == ["rose"] * len(NAMES)

@@ -1,0 +1,139 @@
+"""What every strategy must do; a strategy in the registry is checked by being there."""
+
+import numpy as np
+import pytest
+import torch
+
+from strategies import STRATEGIES
+from task.errors import TooFewClientsError
+from task.messages import ARRAYS, FLAT, flat_to_array
+from tests.strategies.scripted import (
+    LAYOUT,
+    Script,
+    ShufflingGrid,
+    final_flat,
+    initial_arrays,
+    make_strategy,
+    scripted_app,
+)
+
+NAMES = ["0", "1", "2", "3", "10"]
+every_strategy = pytest.mark.parametrize("name", sorted(STRATEGIES))
+
+
+def run(name, script=None, clients=NAMES, shuffle=None, rounds=2, seed=0, **options):
+    strategy = make_strategy(name, seed=seed, **options)
+    grid = ShufflingGrid(scripted_app(script or Script()), clients, shuffle)
+    reports = []
+    result = strategy.start(grid, initial_arrays(), num_rounds=rounds, on_round=reports.append)
+    return final_flat(result.arrays), strategy, reports
+
+
+def drifting(client, server_round, received):
+    """An update of its own for every client and round, far from the others."""
+    generator = np.random.default_rng([server_round, int(client)])
+    return received + generator.normal(size=received.shape)
+
+
+@every_strategy
+def test_identical_updates_give_back_that_update(name):
+    target = np.random.default_rng(1).normal(size=LAYOUT.size).astype(np.float32)
+    flat, _, _ = run(name, Script(values=lambda *_: target), rounds=1)
+    np.testing.assert_allclose(flat, target, rtol=1e-5, atol=1e-6)
+
+
+@every_strategy
+def test_order_of_nodes_and_replies_changes_no_bit(name):
+    expected, _, _ = run(name, Script(values=drifting), rounds=3)
+    for shuffle in range(3):
+        flat, _, _ = run(name, Script(values=drifting), shuffle=shuffle, rounds=3)
+        np.testing.assert_array_equal(flat, expected)
+
+
+@every_strategy
+def test_one_client_gives_its_own_update(name):
+    target = np.random.default_rng(2).normal(size=LAYOUT.size).astype(np.float32)
+    flat, _, _ = run(name, Script(values=lambda *_: target), clients=["7"], rounds=1, min_clients=1)
+    np.testing.assert_array_equal(flat, target)
+
+
+@every_strategy
+def test_weights_are_convex(name):
+    """With weights that are not negative and sum to one, a merge never leaves the clients' range."""
+    script = Script(values=drifting)
+    flat, _, _ = run(name, script, rounds=1)
+    updates = np.stack([drifting(client, 1, received) for client, _, received in script.heard])
+    assert (flat <= updates.max(0) + 1e-5).all()
+    assert (flat >= updates.min(0) - 1e-5).all()
+
+
+@every_strategy
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_reply_that_is_not_finite_is_dropped_and_named(name, value):
+    def values(client, server_round, received):
+        update = drifting(client, server_round, received)
+        if client == "2":
+            update[-1] = value
+        return update
+
+    flat, _, reports = run(name, Script(values=values), rounds=1)
+    others = [client for client in NAMES if client != "2"]
+    expected, _, _ = run(name, Script(values=drifting), clients=others, rounds=1)
+    np.testing.assert_array_equal(flat, expected)
+    assert reports[1].clients_used == others
+    assert "not finite, in head" in reports[1].clients_dropped["2"]
+
+
+@every_strategy
+def test_too_few_good_replies_leave_the_model_and_end_the_run(name):
+    def edit(client, server_round, content):
+        content[ARRAYS][FLAT] = flat_to_array(np.zeros(3, np.float32))
+        return content
+
+    strategy = make_strategy(name, max_failed_rounds=2)
+    grid = ShufflingGrid(scripted_app(Script(edit=edit)), NAMES)
+    reports = []
+    with pytest.raises(TooFewClientsError, match="shape"):
+        strategy.start(grid, initial_arrays(), num_rounds=5, on_round=reports.append)
+    assert [report.merged for report in reports] == [False, False, False]
+    np.testing.assert_array_equal(strategy.flat.numpy(), final_flat(initial_arrays()))
+
+
+@every_strategy
+def test_a_failed_round_is_survived(name):
+    def values(client, server_round, received):
+        update = drifting(client, server_round, received)
+        return update * np.nan if server_round == 1 else update
+
+    flat, strategy, reports = run(name, Script(values=values), rounds=2)
+    assert [report.merged for report in reports] == [False, False, True]
+    assert strategy.failed_rounds == 0
+    assert np.isfinite(flat).all()
+
+
+@every_strategy
+def test_state_dict_round_trips(name):
+    _, strategy, _ = run(name, Script(values=drifting), rounds=2)
+    state = strategy.state_dict()
+    other = make_strategy(name)
+    other.load_state_dict(state)
+    restored = other.state_dict()
+    assert state.keys() == restored.keys()
+    for key, value in state.items():
+        same = torch.equal(value, restored[key]) if isinstance(value, torch.Tensor) else value == restored[key]
+        assert same, key
+    strategy.flat += 1
+    assert torch.equal(other.flat, state["flat"]), "the state must not share memory with the strategy"
+
+
+@every_strategy
+def test_cohorts_follow_the_seed(name):
+    def cohort(seed):
+        _, _, reports = run(name, clients=[str(i) for i in range(20)], rounds=3, seed=seed, fraction_train=0.3)
+        return [report.clients_used for report in reports[1:]]
+
+    first = cohort(1)
+    assert cohort(1) == first
+    assert cohort(2) != first
+    assert all(len(clients) == 6 for clients in first)
+    assert first[0] != first[1]
