@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from strategies import STRATEGIES, StrategyConfig
-from task.config import TaskConfig, bounded, explained, typed
+from task.config import TaskConfig, bounded, explained, first_line, typed
 from task.errors import ConfigError, did_you_mean
 
 CONF_FOLDER = Path(__file__).resolve().parents[1] / "conf"
@@ -113,10 +113,12 @@ def _missing_option(error: MissingConfigException) -> str:
 
 def _wrong_override(error: HydraException) -> str:
     """Say which override is wrong and why; of an unknown key, which keys there are."""
-    cause, lines = error.__cause__, str(error).splitlines()
+    cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return f"The override {error.override!r} is not of the form key=value: {lines[0]}."
-    if not isinstance(cause, OmegaConfBaseException):
-        return ": ".join(lines[:2])
-    override = lines[0].removeprefix("Error merging override ")
-    return explained(cause) if override == lines[0] else f"The override {override!r} cannot be used. {explained(cause)}"
+        return f"The override {error.override!r} is not of the form key=value: {first_line(error)}."
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return explained(cause)
+    if isinstance(cause, OmegaConfBaseException):
+        override = first_line(error).removeprefix("Error merging override ")
+        return f"The override {override!r} cannot be used: {first_line(cause)}."
+    return " ".join(str(error).splitlines()[:2])

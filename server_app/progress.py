@@ -36,12 +36,12 @@ class Progress:
             parts += [f"train loss {loss}", f"clients {len(report.clients_used)}/{asked}"]
             parts.append(f"{report.bytes_down / 1e6:.1f} MB down {report.bytes_up / 1e6:.1f} MB up")
             parts += [f"{report.seconds.get('total', 0.0):5.1f} s", f"ETA {self._eta(report)}"]
-        return "  ".join(parts)
+        return "  ".join(parts).rstrip()
 
     def _central(self, report: RoundReport) -> str:
         accuracy = report.central.get("accuracy")
         if accuracy is None:
-            return "accuracy      -        "
+            return f"accuracy {'-':>5}{'':11}"
         change = "        " if self._accuracy is None else f"({100 * (accuracy - self._accuracy):+5.1f}) "
         self._accuracy = accuracy
         return f"accuracy {100 * accuracy:5.1f} % {change}"

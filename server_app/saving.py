@@ -16,7 +16,8 @@ tags: [lora, vision-transformer, federated-learning, flower]
 # {dataset} with {backbone}, merged by {strategy}
 
 A LoRA adapter (rank {rank}, on {targets}) and a classification head, trained by {rounds} rounds of federated learning
-with Petalwise over {clients} clients that kept their images. Adapter and head together are {size:,} parameters.
+with Petalwise ({clients} clients in the last round), which all kept their images. Adapter and head together are
+{size:,} parameters.
 
 | | |
 |---|---|

@@ -223,10 +223,16 @@ def explained(error: OmegaConfBaseException, path: str = "") -> str:
     """Turn OmegaConf's error into a sentence with the whole key; of an unknown key, also which keys there are."""
     key, parent = f"{path}{error.full_key or ''}", error.parent_node
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(parent, DictConfig):
-        where, _, last = key.rpartition(".")
-        names = [str(name) for name in parent]
+        last = str(error.key)
+        where = key.removesuffix(last).rstrip(".")
+        names = [str(name) for name in parent if name != "hydra"]  # Hydra's own settings are of no use here
         return f"{where or 'The config'} has no key {last!r}; it has: {', '.join(names)}.{did_you_mean(last, names)}"
-    return f"{key or 'The config'}: {str(error).splitlines()[0].rstrip('.')}."
+    return f"{key or 'The config'}: {first_line(error)}."
+
+
+def first_line(error: Exception) -> str:
+    """Take the first line of an error, without its full stop: OmegaConf and Hydra append details on further lines."""
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def task_to_json(config: TaskConfig) -> str:

@@ -138,7 +138,8 @@ def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) 
 
 def _check_targets(backbone: nn.Module, head: str, targets: Sequence[str]) -> None:
     """Refuse targets by which peft would adapt nothing, or a convolution."""
-    is_linear = {name: isinstance(module, nn.Linear) for name, module in backbone.named_modules() if name != head}
+    modules = {name: module for name, module in backbone.named_modules() if name not in ("", head)}
+    is_linear = {name: isinstance(module, nn.Linear) for name, module in modules.items()}
     for target in targets or [""]:
         matched = [name for name in is_linear if name == target or name.endswith(f".{target}")]
         other = [name for name in matched if not is_linear[name]]

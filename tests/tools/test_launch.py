@@ -17,7 +17,7 @@ from tools.launch import RunOutcome, SimulationSuperLink, main, run_app
 from tools.simulation import _complete_run_config, _RunLog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PATIENCE = 180.0
+PATIENCE = 120.0
 
 PYPROJECT = """
 [build-system]
@@ -177,7 +177,7 @@ def test_raising_server_app_exits_1_with_the_reason(
 @pytest.mark.slow
 def test_interrupt_stops_everything(app: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.launch", str(app), "--clients", "2", "--data", str(tmp_path)]
-    command += ["-c", 'mode="sleep"']
+    command += ["-c", 'mode="sleep"', "--timeout", str(PATIENCE)]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as launcher:

@@ -1,0 +1,76 @@
+"""The app through Flower's own commands: a real SuperLink, a real `flwr run`, real simulated nodes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tools.simulation import SimulationSuperLink
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+APP = Path(__file__).resolve().parents[1]
+TINY = (
+    "backbone.image_size=16 backbone.arguments.embed_dim=32 backbone.arguments.depth=2 backbone.arguments.num_heads=2 "
+    "dataset.max_train_samples=200 train.batch_size=8 strategy.fraction_train=0.5 lora.dropout=0.1"
+)
+
+
+@pytest.fixture(scope="module")
+def superlink():
+    with SimulationSuperLink() as link:
+        yield link
+
+
+def run(superlink, runs_dir, *pairs, clients=4):
+    return superlink.run(APP, run_config=pairs, clients=clients, runs_dir=runs_dir, output=None)
+
+
+def only_folder(runs_dir):
+    (folder,) = runs_dir.iterdir()
+    return folder
+
+
+def test_a_run_completes_and_has_the_same_bits_as_in_one_process(superlink, tmp_path):
+    outcome = run(
+        superlink,
+        tmp_path / "flower",
+        'backbone="vit_pico_random" num-server-rounds=2 strategy="fedprox"',
+        f'overrides="{TINY}"',
+    )
+    assert outcome.completed, outcome.summary
+    assert "round 2/2" in outcome.log
+
+    folder = only_folder(tmp_path / "flower")
+    assert folder.name.endswith("-fedprox")
+    reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [report["server_round"] for report in reports] == [0, 1, 2]
+    assert all(len(report["clients_used"]) == 2 and not report["clients_dropped"] for report in reports[1:])
+    assert all(len(report["clients_accuracy"]) == 4 for report in reports[1:])
+    assert all(set(report["seconds"]) == {"train", "wait", "aggregate", "evaluate", "total"} for report in reports[1:])
+
+    overrides = ["strategy=fedprox", "backbone=vit_pico_random", "num_server_rounds=2", *TINY.split()]
+    command = [sys.executable, "-m", "tools.debug", "--clients", "4", f"runs_dir={tmp_path / 'process'}", *overrides]
+    subprocess.run(command, cwd=APP, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=300)
+    ours = load_file(only_folder(tmp_path / "process") / "adapter" / "adapter_model.safetensors")
+    theirs = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "reasons"),
+    [
+        (['strategy="fedavgg"'], ["fedavgg", "fedavg", "fedprox"]),
+        (['overrides="train.lrr=1"'], ["train has no key 'lrr'", "weight_decay"]),
+        (['overrides="partition.min_samples=900"'], ["partition.min_samples", "min_clients"]),
+    ],
+)
+def test_a_run_that_fails_says_why(superlink, tmp_path, pairs, reasons):
+    outcome = run(superlink, tmp_path, *pairs)
+    assert outcome.status == "finished:failed"
+    assert all(reason in outcome.summary for reason in reasons), outcome.summary
