@@ -71,6 +71,7 @@ class ClientDirectory:
         """
         online = set(grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
+        self.refused = {node: reason for node, reason in self.refused.items() if node in online}
         known = set(self.nodes.values()) | set(self.refused)
         content = RecordDict({CONFIG: ConfigRecord({"task": task, "layout": layout})})
         messages = [Message(content, node, IDENTIFY) for node in sorted(online - known)]
@@ -79,17 +80,18 @@ class ClientDirectory:
         for reply in sorted(grid.send_and_receive(messages, timeout=timeout), key=lambda m: m.metadata.src_node_id):
             self._admit(reply, base)
         log(INFO, "Clients: %s", ", ".join(self.identities) or "none")
-        for node, reason in self.refused.items():
-            log(WARNING, "Node %d takes no part: %s", node, reason)
+        for node in sorted(self.refused.keys() - known):
+            log(WARNING, "Node %d takes no part: %s", node, self.refused[node])
 
     @property
     def identities(self) -> list[str]:
         """The clients that can take part, in identity order."""
         return sorted(self.nodes, key=identity_order)
 
-    def remember(self, message: Message, identity: str) -> None:
-        """Note to whom a message went, once the grid has given it an id."""
-        self._sent[message.metadata.message_id] = identity
+    def remember(self, messages: Sequence[Message], identities: Sequence[str]) -> None:
+        """Note to whom the messages of a phase went, once the grid has given them their ids."""
+        ids = [message.metadata.message_id for message in messages]
+        self._sent = dict(zip(ids, identities, strict=True))
 
     def identity_of(self, reply: Message) -> str | None:
         """Tell whose reply this is, also of an error reply; None if it answers nothing that was sent."""
@@ -109,16 +111,23 @@ class ClientDirectory:
             return
         try:
             record = received_config(reply)
-            name = text_field(record, "client")[:MAX_NAME_LENGTH]
-            problem = str(record.get("error") or "") or _base_problem(record, base)
+            name = text_field(record, "client")
+            problem = str(record.get("error") or "") or _name_problem(name) or _base_problem(record, base)
         except MessageError as error:
             name, problem = "", str(error)
         if not problem and name in self.nodes:
             problem = f"another node already has the name {name!r}; give every node its own `name` or `partition-id`"
         if problem:
-            self.refused[node] = f"client {name!r}: {problem}" if name else problem
+            self.refused[node] = f"client {name[:MAX_NAME_LENGTH]!r}: {problem}" if name else problem
         else:
             self.nodes[name] = node
+
+
+def _name_problem(name: str) -> str:
+    """Say why a name cannot be an identity, or nothing."""
+    if name.isprintable() and 0 < len(name) <= MAX_NAME_LENGTH:
+        return ""
+    return f"a client's name must be 1 to {MAX_NAME_LENGTH} printable characters"
 
 
 def _base_problem(record: ConfigRecord, base: str) -> str:

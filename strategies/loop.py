@@ -114,8 +114,7 @@ class RoundLoop:
         report = self.strategy.report
         report.bytes_down += sum(content_bytes(message.content) for message in messages)
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
-        for message, client in zip(messages, self.strategy.asked, strict=True):
-            self.strategy.directory.remember(message, client)
+        self.strategy.directory.remember(messages, self.strategy.asked)
         report.bytes_up += sum(content_bytes(reply.content) for reply in replies if reply.has_content())
         return replies
 

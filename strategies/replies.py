@@ -1,5 +1,6 @@
 """Every reply is checked before it counts."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -147,8 +148,9 @@ def first_metrics(reply: Message) -> MetricRecord:
 
 
 def mean_metric(updates: Sequence[Update], key: str) -> float | None:
-    """Average a metric over the updates that have it, weighted by examples."""
-    pairs = [(u.num_examples, float(value)) for u in updates if isinstance(value := u.metrics.get(key), int | float)]
+    """Average a metric over the updates that have it as a finite number, weighted by examples."""
+    values = ((u.num_examples, u.metrics.get(key)) for u in updates)
+    pairs = [(n, value) for n, value in values if isinstance(value, int | float) and math.isfinite(value)]
     return sum(n * value for n, value in pairs) / sum(n for n, _ in pairs) if pairs else None
 
 

@@ -136,6 +136,21 @@ def test_two_nodes_of_the_same_name_are_told_apart():
     assert "already has the name '1'" in next(iter(strategy.directory.refused.values()))
 
 
+@pytest.mark.parametrize("name", ["", "x" * 65, "line\nbreak"])
+def test_a_name_that_is_none_is_refused(name):
+    script = Script(num_examples=lambda name: 1, values=lambda name, server_round, received: received)
+    strategy = make_strategy("fedavg")
+    _, reports = start(script, clients=["0", "1", name], strategy=strategy)
+    assert reports[1].clients_used == ["0", "1"]
+    assert len(strategy.directory.refused) == 1
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_the_mean():
+    _, reports = start(spoil("1", set_metric("train-loss", float("nan"))))
+    assert reports[1].train_loss == 1.0
+    assert reports[1].clients_used == NAMES
+
+
 def test_too_few_clients_stop_the_run_at_once():
     with pytest.raises(TooFewClientsError, match=r"1 client\(s\) can take part, strategy.min_clients=3"):
         start(Script(base=lambda name: "ab" * 32 if name == "0" else "cd" * 32), min_clients=3)
