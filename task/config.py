@@ -124,7 +124,7 @@ class TrainConfig:
 
     optimizer: str = bounded("adamw", choices=("adamw", "sgd"))
     """Optimizer, fresh in every round."""
-    lr: float = bounded(1e-3, above=0.0)
+    lr: float = bounded(3e-3, above=0.0)
     """Learning rate of adapter and head."""
     weight_decay: float = bounded(0.01, at_least=0.0)
     """Decoupled (AdamW) or L2 (SGD) weight decay."""
@@ -132,7 +132,7 @@ class TrainConfig:
     """Momentum (SGD)."""
     batch_size: int = bounded(16, at_least=1)
     """Images per optimizer step; the last batch of an epoch may be smaller."""
-    local_epochs: int = bounded(1, at_least=1)
+    local_epochs: int = bounded(2, at_least=1)
     """Passes over the client's training images per round."""
     max_steps: int = bounded(0, at_least=0)
     """End a round's training after so many optimizer steps; 0: no limit."""

@@ -85,7 +85,7 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(checkpoint, tmp_path):
     for missing in ("blocks.1.mlp.fc1.weight", "blocks.1.mlp.fc1.bias"):
         del state[missing]
     save_file(state, tmp_path / "tiny.safetensors")
-    with pytest.raises(ModelError, match=r"'tiny.safetensors' lacks 2 tensors of 'vit_tiny_patch16_224'.*blocks\.1\.mlp"):
+    with pytest.raises(ModelError, match=r"'tiny.safetensors' lacks 2 tensors of 'vit_tiny_.*blocks\.1\.mlp"):
         build_backbone(config, NUM_CLASSES, tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_a_model_with_two_heads_is_refused(tiny_task):
 def test_the_hub_out_of_reach_is_told_with_model_and_source():
     """The tests run with the hub's offline mode on."""
     config = BackboneConfig(name="vit_tiny_patch16_224.augreg_in21k", source="hub", image_size=32)
-    with pytest.raises(ModelError, match=r"'vit_tiny_patch16_224.augreg_in21k' at 32 px from source 'hub': .*connection"):
+    with pytest.raises(ModelError, match=r"'vit_tiny_.*_in21k' at 32 px from source 'hub': .*connection"):
         build_backbone(config, NUM_CLASSES)
 
 

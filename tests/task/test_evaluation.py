@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from task.data.batches import Normaliser
 from task.data.images import ImageSet
@@ -26,7 +26,7 @@ def test_scores_are_those_of_single_images_whatever_the_batch_size(tiny_model, t
         for image, label in zip(test_set.images, test_set.labels, strict=True):
             logits = tiny_model(NORMALISER(image[None]))
             hits += int(logits.argmax() == label)
-            losses.append(F.cross_entropy(logits.double(), label[None]).item())
+            losses.append(cross_entropy(logits.double(), label[None]).item())
     score = evaluate(tiny_model, test_set, NORMALISER, batch_size)
     assert score.num_examples == 23
     assert score.accuracy == hits / 23

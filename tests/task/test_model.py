@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, interpolate
 
 from task.backbone import build_backbone
-from task.config import BackboneConfig
+from task.config import BackboneConfig, task_to_json
 from task.errors import ModelError
 from task.model import build_model, canonical_name
 from task.units import HEAD
@@ -43,7 +43,7 @@ def step(model, images, optimizer):
     model.module.train()
     labels = torch.arange(len(images)) % NUM_CLASSES
     model.flat.grad.zero_()
-    F.cross_entropy(model(images), labels).backward()
+    cross_entropy(model(images), labels).backward()
     optimizer.step()
 
 
@@ -74,7 +74,7 @@ def test_a_step_on_the_flat_array_is_a_step_on_each_tensor(tiny_model, images, n
     separate = [p for p in twin.parameters() if p.requires_grad]
     kinds = {"adamw": torch.optim.AdamW(separate, lr=0.01), "sgd": torch.optim.SGD(separate, lr=0.01, momentum=0.9)}
     twin.train()
-    F.cross_entropy(twin(images), torch.arange(len(images)) % NUM_CLASSES).backward()
+    cross_entropy(twin(images), torch.arange(len(images)) % NUM_CLASSES).backward()
     kinds[name].step()
     step(tiny_model, images, OPTIMIZERS[name](tiny_model))
     for key, parameter in twin.named_parameters():
@@ -120,7 +120,7 @@ def test_the_initial_adapter_is_the_same_in_a_fresh_process(tiny_task, built_mod
         "from task.model import build_model\n"
         "from dataclasses import replace\n"
         "torch.manual_seed(99); torch.rand(5)\n"
-        f"task = task_from_json({_json(tiny_task)!r})\n"
+        f"task = task_from_json({task_to_json(tiny_task)!r})\n"
         "for seed in (task.seed, task.seed + 1):\n"
         f"    model = build_model(replace(task, seed=seed), {NUM_CLASSES})\n"
         "    print(hashlib.sha256(model.read()).hexdigest(), model.base, model.layout.digest)\n"
@@ -133,10 +133,10 @@ def test_the_initial_adapter_is_the_same_in_a_fresh_process(tiny_task, built_mod
     assert other[2] == same[2]
 
 
-def _json(task):
-    from task.config import task_to_json
-
-    return task_to_json(task)
+def test_the_initial_adapter_and_head_do_not_depend_on_what_the_backbone_drew(tiny_task, tiny_model):
+    larger = build_model(replace(tiny_task, backbone=replace(tiny_task.backbone, image_size=32)), NUM_CLASSES)
+    assert larger.base != tiny_model.base
+    np.testing.assert_array_equal(larger.read(), tiny_model.read())
 
 
 def test_building_leaves_the_global_generator_alone(tiny_task):
@@ -263,7 +263,7 @@ def test_a_swin_model_has_its_blocks_as_units(tiny_task, images):
     model = build_model(replace(tiny_task, backbone=swin), NUM_CLASSES)
     assert model.layout.units == ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", HEAD)
     assert [spec.name for spec in model.layout.tensors if spec.unit == HEAD] == ["head.fc.weight", "head.fc.bias"]
-    assert model(F.interpolate(images, 32)).shape == (len(images), NUM_CLASSES)
+    assert model(interpolate(images, 32)).shape == (len(images), NUM_CLASSES)
     assert_aliases(model)
 
 

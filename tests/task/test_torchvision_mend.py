@@ -76,7 +76,8 @@ def test_a_healthy_torchvision_is_imported_once_and_left_alone(run_python, stub)
 def test_any_other_failure_is_not_hidden(run_python, stub):
     done = run_python(
         "from task.torchvision_mend import mend_torchvision\nmend_torchvision()\n",
-        stub("raise RuntimeError('compiled for another processor')\n"),
+        stub("print('tried')\nraise RuntimeError('compiled for another processor')\n"),
     )
     assert done.returncode == 1
+    assert done.stdout == "tried\n"
     assert done.stderr.splitlines()[-1] == "RuntimeError: compiled for another processor"

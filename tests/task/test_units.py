@@ -99,6 +99,10 @@ def test_digest_changes_with_the_model(other):
     assert make_layout(model).digest != make_layout(other).digest
 
 
+def test_digest_changes_with_an_offset():
+    assert Layout((TensorSpec("u", "n", (2,), 0),)).digest != Layout((TensorSpec("u", "n", (2,), 4),)).digest
+
+
 def test_digest_changes_with_the_granularity():
     model = dict.fromkeys(VIT, (2, 2))
     assert make_layout(model, "block").digest != make_layout(model, "module").digest

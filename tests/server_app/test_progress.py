@@ -1,0 +1,71 @@
+"""One line per round."""
+
+import pytest
+
+from server_app.progress import Progress
+from strategies.report import RoundReport
+
+
+def report(server_round, accuracy=None, seconds=10.0, **fields):
+    central = {} if accuracy is None else {"accuracy": accuracy, "loss": 1.0}
+    return RoundReport(server_round, central=central, seconds={"total": seconds}, **fields)
+
+
+def test_round_0_tells_the_accuracy_alone():
+    assert Progress(20).line(report(0, 0.1)) == "round  0/20  accuracy  10.0 %"
+
+
+def test_a_round_tells_everything():
+    progress = Progress(20)
+    progress.line(report(0, 0.1))
+    line = progress.line(
+        report(
+            1,
+            0.3456,
+            seconds=12.34,
+            clients_accuracy_mean=0.5,
+            train_loss=1.23456,
+            clients_used=["a", "b"],
+            clients_dropped={"b": "evaluation: late", "c": "late"},
+            bytes_down=2_500_000,
+            bytes_up=1_240_000,
+        )
+    )
+    assert line == (
+        "round  1/20  accuracy  34.6 % (+24.6)   clients' accuracy  50.0 %  train loss  1.2346  clients 2/3  "
+        "2.5 MB down 1.2 MB up   12.3 s  ETA 3:54"
+    )
+
+
+def test_the_change_is_to_the_last_known_accuracy():
+    progress = Progress(4)
+    assert "(" not in progress.line(report(1, 0.5))
+    assert "accuracy     - " in progress.line(report(2))
+    assert "accuracy  40.0 % (-10.0)" in progress.line(report(3, 0.4))
+    assert "accuracy  40.0 % ( +0.0)" in progress.line(report(4, 0.4))
+
+
+def test_lines_are_aligned_whether_or_not_a_round_was_evaluated_or_merged():
+    progress = Progress(10)
+    lines = [
+        progress.line(report(1, 0.05, train_loss=2.0)),
+        progress.line(report(2, 0.15, train_loss=2.0)),
+        progress.line(report(3, 1.0)),
+        progress.line(report(10)),
+    ]
+    for label in ("accuracy", "train loss", "clients"):
+        assert len({line.index(label) for line in lines}) == 1, label
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [([60.0], "4:00"), ([100.0, 1.0, 1.0, 1.0], "0:01"), ([0.0], "0:00"), ([900.0], "60:00")]
+)
+def test_time_left_is_the_mean_of_the_last_three_rounds(seconds, expected):
+    progress = Progress(5)
+    for server_round, spent in enumerate(seconds, start=1):
+        line = progress.line(report(server_round, seconds=spent))
+    assert line.endswith(f"ETA {expected}")
+
+
+def test_nothing_is_left_after_the_last_round():
+    assert Progress(1).line(report(1)).endswith("ETA 0:00")
