@@ -36,6 +36,8 @@ lint: $(STAMP) ## Check style, formatting and the direction of imports.
 types: $(STAMP) ## Check types.
 	$(BIN)/mypy
 
+test test-quick: export OMP_NUM_THREADS := 1
+
 test: lint types ## Run all checks and all tests (those marked gpu or data where they can run).
 	$(BIN)/pytest
 

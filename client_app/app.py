@@ -20,6 +20,7 @@ from task.messages import (
     FLAT,
     METRICS,
     Instruction,
+    classes_digest,
     flat_to_array,
     received_config,
     received_flat,
@@ -31,7 +32,7 @@ app = ClientApp()
 Handler = Callable[[Message, Context], Message]
 
 
-def explained(handler: Handler) -> Handler:
+def explained_to_server(handler: Handler) -> Handler:
     """Turn errors written for people into Flower error replies that carry their sentence."""
 
     @wraps(handler)
@@ -53,14 +54,18 @@ def identify(message: Message, context: Context) -> Message:
         answer["client"] = node.name
         worker = worker_for(text_field(received_config(message), "task"), node.data, node.backbones)
         worker.client_data(node)
-        answer |= {"base": worker.model.base, "layout": worker.model.layout.digest}
+        answer |= {
+            "base": worker.model.base,
+            "layout": worker.model.layout.digest,
+            "classes": classes_digest(worker.class_names),
+        }
     except PetalwiseError as error:
         answer["error"] = str(error)
     return Message(RecordDict({CONFIG: ConfigRecord(dict(answer))}), reply_to=message)
 
 
 @app.train()
-@explained
+@explained_to_server
 def train_round(message: Message, context: Context) -> Message:
     """Train on this client's images and answer with adapter and head."""
     began = time.perf_counter()
@@ -88,7 +93,7 @@ def train_round(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
-@explained
+@explained_to_server
 def evaluate_round(message: Message, context: Context) -> Message:
     """Evaluate the received model on this client's own test images."""
     began = time.perf_counter()

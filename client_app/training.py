@@ -1,5 +1,6 @@
 """Local training of adapter and head."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def train(
         gradient.zero_()
         loss = F.cross_entropy(model(images), labels)
         value = loss.item()
-        if not torch.isfinite(loss):
+        if not math.isfinite(value):
             raise ModelError(f"The loss is {value} at local step {steps + 1}; lower train.lr.")
         torch.autograd.backward(loss)
         if received is not None:

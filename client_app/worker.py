@@ -3,8 +3,9 @@
 import hashlib
 import os
 import socket
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -12,16 +13,20 @@ import numpy as np
 import torch
 
 from client_app.training import make_optimizer
-from task.backbone import backbone_folder
+from task.backbone import backbone_folder, resolved
 from task.config import TaskConfig, task_from_json
 from task.data.batches import Normaliser
 from task.data.images import ImageSet, decode
 from task.data.partitions import local_split, partition_indices
 from task.data.sampling import labels_of
 from task.data.sources import load_split, node_location
-from task.errors import ConfigError
+from task.device import choose_device
+from task.errors import DataError
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
+
+MAX_KEPT_BYTES = 2 * 1024**3
+"""Memory for decoded images in one process; beyond it, the client whose turn was longest ago is decoded anew."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,10 @@ class Node:
 
     name: str
     """Stable identity: the node's own name, else its partition id, else Flower's node id."""
-    partition_id: int
-    """Index of its partition; 0 where the node has data of its own."""
-    num_partitions: int
-    """Number of partitions; 1 where the node has data of its own."""
+    partition_id: str
+    """Index of its partition, as its node config gives it; empty where the node has data of its own."""
+    num_partitions: str
+    """Number of partitions, likewise."""
     data: Path | None
     """Where its data lies, for data sets that lie on disk."""
     backbones: Path | None
@@ -42,15 +47,46 @@ class Node:
     @staticmethod
     def from_config(node_config: Mapping[str, object], node_id: int) -> "Node":
         """Read a Flower node config."""
-        partition_id = node_config.get("partition-id")
-        name = node_config.get("name", node_id if partition_id is None else partition_id)
+        partition_id = str(node_config.get("partition-id", ""))
         return Node(
-            name=str(name),
-            partition_id=int(str(partition_id or 0)),
-            num_partitions=int(str(node_config.get("num-partitions", 1))),
+            name=str(node_config.get("name", partition_id or node_id)),
+            partition_id=partition_id,
+            num_partitions=str(node_config.get("num-partitions", "")),
             data=node_location(node_config),
             backbones=backbone_folder(node_config),
         )
+
+
+def partition_of(node: Node, kind: str) -> tuple[int, int]:
+    """Say which partition of how many a node has.
+
+    Parameters
+    ----------
+    node : Node
+        The node; where it names no partition, all its data is one.
+    kind : str
+        The task's ``partition.kind``; with ``whole``, all its data is one whatever it names.
+
+    Returns
+    -------
+    tuple of int
+        Index and number of partitions.
+
+    Raises
+    ------
+    DataError
+        If the node config names no partition that there is.
+    """
+    given = (node.partition_id, node.num_partitions)
+    if kind == "whole" or given == ("", ""):
+        return 0, 1
+    if not all(text.isdecimal() for text in given) or not int(given[0]) < int(given[1]):
+        shown = [f"{text!r}" if text else "(not set)" for text in given]
+        raise DataError(
+            f"The node config has partition-id={shown[0]} and num-partitions={shown[1]}; give both as whole "
+            "numbers, 0 <= partition-id < num-partitions, or neither."
+        )
+    return int(given[0]), int(given[1])
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,11 @@ class ClientData:
     """Images it trains on."""
     test: ImageSet
     """Images it evaluates on."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the images take."""
+        return self.train.images.nbytes + self.test.images.nbytes
 
 
 class Worker:
@@ -75,21 +116,21 @@ class Worker:
     """
 
     def __init__(self, task: TaskConfig, data: Path | None, backbones: Path | None) -> None:
-        self.task = task
+        self.task = replace(task, backbone=resolved(task.backbone))
         self._backbones = backbones
         self._dataset = load_split(task.dataset, "train", data, derive_seed(task.seed, "dataset"))
-        self._clients: dict[tuple[int, int], ClientData] = {}
+        self._clients: OrderedDict[Node, ClientData] = OrderedDict()
         self._partitions: dict[int, list[np.ndarray]] = {}
 
     @cached_property
     def device(self) -> torch.device:
         """Where to train."""
-        wanted = self.task.train.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("train.device=cuda, but this process sees no GPU; set train.device=cpu or auto.")
-        return torch.device(wanted)
+        return choose_device(self.task.train.device)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in order of the head's outputs."""
+        return list(self._dataset.features["label"].names)
 
     @cached_property
     def model(self) -> AdaptedModel:
@@ -109,22 +150,29 @@ class Worker:
         return Normaliser.of(self.task.backbone.mean, self.task.backbone.std, self.device)
 
     def client_data(self, node: Node) -> ClientData:
-        """Return a client's images, decoded at the first call."""
-        key = (node.partition_id, node.num_partitions)
-        if key not in self._clients:
-            self._clients[key] = self._load(node)
-        return self._clients[key]
+        """Return a client's images, decoded at the first call and again where they had to give place."""
+        if node not in self._clients:
+            self._clients[node] = self._load(node)
+        self._clients.move_to_end(node)
+        while len(self._clients) > 1 and sum(data.nbytes for data in self._clients.values()) > MAX_KEPT_BYTES:
+            self._clients.popitem(last=False)
+        return self._clients[node]
+
+    @cached_property
+    def _labels(self) -> np.ndarray:
+        return labels_of(self._dataset)
 
     def _load(self, node: Node) -> ClientData:
         seed, dataset = self.task.seed, self._dataset
-        if node.num_partitions not in self._partitions:
-            self._partitions[node.num_partitions] = partition_indices(
-                dataset, self.task.partition, node.num_partitions, derive_seed(seed, "partition")
+        index, count = partition_of(node, self.task.partition.kind)
+        if count not in self._partitions:
+            self._partitions[count] = partition_indices(
+                dataset, self.task.partition, count, derive_seed(seed, "partition")
             )
-        mine = self._partitions[node.num_partitions][node.partition_id]
+        mine = self._partitions[count][index]
         split_seed = derive_seed(seed, "split", node.name)
         fraction = self.task.dataset.client_test_fraction
-        train, test = local_split(mine, labels_of(dataset), fraction, split_seed)
+        train, test = local_split(mine, self._labels, fraction, split_seed)
         size = self.task.backbone.image_size
         return ClientData(
             train=decode(dataset.select(train), size).to(self.device),

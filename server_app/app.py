@@ -12,14 +12,15 @@ from server_app.compose import ComposedRun, compose_run
 from server_app.progress import Progress
 from server_app.run_folder import RunFolder
 from server_app.saving import save_adapter
-from strategies import STRATEGIES, TaskContext
+from strategies import STRATEGIES, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
-from task.backbone import backbone_folder
+from task.backbone import backbone_folder, resolved
 from task.config import TaskConfig, task_to_json
 from task.data.images import ImageSet, decode
-from task.data.sources import load_split, node_location
-from task.errors import DataError, PetalwiseError
-from task.messages import FLAT, array_to_flat, flat_to_array
+from task.data.sources import DATA_VARIABLE, load_split, node_location
+from task.device import choose_device
+from task.errors import PetalwiseError
+from task.messages import FLAT, classes_digest, flat_to_array
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
 
@@ -57,53 +58,66 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
         If config, data, model or clients do not allow the run.
     """
     settings = run.settings
+    settings.backbone = resolved(settings.backbone)
     names, test = _classes_and_test_images(settings)
     model = build_model(settings, len(names), backbone_folder({}))
+    model.to(choose_device("cpu" if settings.train.device == "cpu" else "auto"))
     folder = RunFolder(Path(settings.runs_dir), run.strategy.name, run.yaml)
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
-    reports = _run_rounds(grid, run, model, test, folder)
-    save_adapter(folder.adapter, model, run, names, reports[-1])
+    reports: list[RoundReport] = []
+    strategy = _make_strategy(run, model, names)
+    try:
+        _run_rounds(grid, run, strategy, model, test, folder, reports)
+    finally:
+        if strategy.merged_rounds:
+            model.load(strategy.flat.numpy())
+            save_adapter(folder.adapter, model, run, names, reports)
+            log(INFO, "Adapter: %s", folder.adapter)
     log(INFO, "%s", _closing(reports))
-    log(INFO, "Adapter: %s", folder.adapter)
     return folder.path
 
 
+def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str]) -> LayerwiseStrategy:
+    settings = run.settings
+    context = TaskContext(task_to_json(settings), model.layout, model.base, classes_digest(names), settings.seed)
+    return STRATEGIES[run.strategy.name](run.strategy, context)
+
+
 def _run_rounds(
-    grid: Grid, run: ComposedRun, model: AdaptedModel, test: ImageSet | None, folder: RunFolder
-) -> list[RoundReport]:
-    """Start the strategy; leave the final values in the model."""
-    settings, progress = run.settings, Progress(run.settings.num_server_rounds)
-    reports: list[RoundReport] = []
+    grid: Grid,
+    run: ComposedRun,
+    strategy: LayerwiseStrategy,
+    model: AdaptedModel,
+    test: ImageSet | None,
+    folder: RunFolder,
+    reports: list[RoundReport],
+) -> None:
+    """Start the strategy; every round is shown, kept in the run folder and added to the reports."""
+    progress = Progress(run.settings.num_server_rounds)
 
     def note(report: RoundReport) -> None:
         reports.append(report)
         folder.append(report)
         log(INFO, "%s", progress.line(report))
 
-    context = TaskContext(task_to_json(settings), model.layout, model.base, settings.seed)
-    strategy = STRATEGIES[run.strategy.name](run.strategy, context)
-    result = strategy.start(
+    strategy.start(
         grid,
         ArrayRecord({FLAT: flat_to_array(model.read())}),
-        num_rounds=settings.num_server_rounds,
-        timeout=settings.round_timeout,
-        evaluate_fn=None if test is None else central_evaluation(model, test, settings),
+        num_rounds=run.settings.num_server_rounds,
+        timeout=run.settings.round_timeout,
+        evaluate_fn=None if test is None else central_evaluation(model, test, run.settings),
         on_round=note,
     )
-    model.load(array_to_flat(result.arrays[FLAT], model.layout.size))
-    return reports
 
 
 def _classes_and_test_images(settings: TaskConfig) -> tuple[list[str], ImageSet | None]:
-    """Read the server's test images; a server without data takes the classes from the config."""
-    try:
-        split = load_split(settings.dataset, "test", node_location({}), derive_seed(settings.seed, "dataset"))
-    except DataError as error:
-        if not settings.dataset.classes:
-            raise
-        log(WARNING, "No central evaluation: %s", error)
+    """Read the server's test images; a server that has no data of its own takes the classes from the config."""
+    location, stored = node_location({}), settings.dataset.source in ("parquet", "folder")
+    if stored and location is None and settings.dataset.classes:
+        log(WARNING, "No central evaluation: %s is not set for the server's process.", DATA_VARIABLE)
         return list(settings.dataset.classes), None
+    split = load_split(settings.dataset, "test", location, derive_seed(settings.seed, "dataset"))
     return split.features["label"].names, decode(split, settings.backbone.image_size)
 
 

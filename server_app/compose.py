@@ -1,7 +1,6 @@
 """From Flower's run config to one typed, checked config, by Hydra's compose API over ``conf/``."""
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from task.errors import ConfigError, did_you_mean
 
 CONF_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 FIRST_CLASS_KEYS = ("strategy", "backbone", "dataset", "partition", "num-server-rounds", "seed", "runs-dir")
+_WORD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\S)+""")  # ends at a blank outside of quotes
 
 
 @dataclass
@@ -44,16 +44,20 @@ class ComposedRun:
     strategy: StrategyConfig
     """The strategy's options, typed."""
     yaml: str
-    """The composed config as YAML, as saved with the run."""
+    """The composed config as YAML without interpolations, as saved with the run."""
 
 
-def compose_run(run_config: Mapping[str, Any]) -> ComposedRun:
+def compose_run(run_config: Mapping[str, Any], overrides: Sequence[str] = ()) -> ComposedRun:
     """Compose the config of a run.
 
     Parameters
     ----------
     run_config : Mapping[str, Any]
         Flower's run config: the first-class keys, and ``overrides`` with Hydra overrides separated by blanks.
+        Quotes belong to the overrides, as in ``dataset.classes=["rose, wild",tulip]``; blanks inside them separate
+        nothing.
+    overrides : Sequence[str], default ()
+        Further Hydra overrides, one each; they win.
 
     Returns
     -------
@@ -65,24 +69,20 @@ def compose_run(run_config: Mapping[str, Any]) -> ComposedRun:
     ConfigError
         Naming the wrong key or value and the choices there are.
     """
-    composed = _compose(_overrides(run_config))
+    composed = _compose([*_overrides(run_config), *overrides])
     settings = typed(RunSettings, OmegaConf.to_container(composed))  # plain, as ``+key=value`` may add unknown keys
     name = settings.strategy.get("name")
     if name not in (names := sorted(STRATEGIES)):
         raise ConfigError(f"strategy.name={name!r} is not one of: {', '.join(names)}.{did_you_mean(str(name), names)}")
     strategy = typed(STRATEGIES[name].Config, settings.strategy, "strategy.")
-    return ComposedRun(settings, strategy, OmegaConf.to_yaml(composed))
+    return ComposedRun(settings, strategy, OmegaConf.to_yaml(composed, resolve=True))
 
 
 def _overrides(run_config: Mapping[str, Any]) -> list[str]:
     """Turn Flower's run config into a list of Hydra overrides."""
     given = {key: run_config[key] for key in FIRST_CLASS_KEYS if key in run_config}
     first_class = [f"{key.replace('-', '_')}={_quoted(value)}" for key, value in given.items()]
-    text = str(run_config.get("overrides", ""))
-    try:
-        return [*first_class, *shlex.split(text)]
-    except ValueError as error:
-        raise ConfigError(f"overrides={text!r} cannot be split into words: {error}.") from error
+    return [*first_class, *_WORD.findall(str(run_config.get("overrides", "")))]
 
 
 def _quoted(value: Any) -> Any:

@@ -1,10 +1,13 @@
 """The folder that a run leaves behind: config, metrics per round, adapter."""
 
 import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
 from strategies.report import RoundReport
+from task.errors import ConfigError
 
 
 class RunFolder:
@@ -21,7 +24,7 @@ class RunFolder:
     """
 
     def __init__(self, parent: Path, strategy: str, config: str) -> None:
-        self.path = _new_folder(parent.resolve(), f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
+        self.path = _new_folder(parent.expanduser().resolve(), f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
         (self.path / "config.yaml").write_text(config, encoding="utf-8")
 
     @property
@@ -37,7 +40,7 @@ class RunFolder:
     def append(self, report: RoundReport) -> None:
         """Add a round to ``metrics.jsonl``."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report.to_dict()) + "\n")
+            file.write(json.dumps(_finite(report.to_dict()), allow_nan=False) + "\n")
 
 
 def _new_folder(parent: Path, name: str) -> Path:
@@ -48,5 +51,14 @@ def _new_folder(parent: Path, name: str) -> Path:
             path.mkdir(parents=True)
         except FileExistsError:
             continue
+        except OSError as error:
+            raise ConfigError(f"runs_dir={str(parent)!r} cannot be written: {error.strerror}.") from error
         return path
     raise FileExistsError(f"{parent / name} and 998 more exist already.")
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not have by None."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

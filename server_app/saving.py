@@ -1,11 +1,16 @@
 """Saving the trained adapter so that peft opens it, with a model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
-from server_app.compose import ComposedRun
+from server_app.compose import ComposedRun, RunSettings
 from strategies.report import RoundReport
+from task.backbone import backbone_folder, build_backbone, resolved
+from task.config import typed
+from task.libraries import peft
 from task.model import AdaptedModel
 from task.units import HEAD
 
@@ -16,60 +21,103 @@ tags: [lora, vision-transformer, federated-learning, flower]
 # {dataset} with {backbone}, merged by {strategy}
 
 A LoRA adapter (rank {rank}, on {targets}) and a classification head, trained by {rounds} rounds of federated learning
-with Petalwise ({clients} clients in the last round), which all kept their images. Adapter and head together are
+with Petalwise (up to {clients} clients in a round), which all kept their images. Adapter and head together are
 {size:,} parameters.
 
 | | |
 |---|---|
-| backbone | timm `{backbone}` at {image_size} px, source `{source}`, frozen weights SHA-256 `{base}` |
+| backbone | timm `{backbone}` at {image_size} px, arguments `{arguments}`, frozen weights SHA-256 `{base}` |
+| its weights | source `{source}` {checkpoint} |
+| input | images in [0, 1] less mean {mean}, divided by deviation {std} |
 | data | {dataset}, partition {partition} |
 | classes | {classes} |
 | accuracy on the server's test images | {central} |
 | mean accuracy on the clients' own test images | {personal} |
 | seed | {seed} |
 
-Open it: build the same timm model (with the head's {num_classes} outputs) and
-`PeftModel.from_pretrained(model, "<this folder>")`; the head comes with it, and stands in `head.safetensors` too.
-The whole config is in `../config.yaml`, the metrics per round in `../metrics.jsonl`.
+Open it with Petalwise, which builds the backbone as the run did:
+
+```python
+from pathlib import Path
+from server_app.saving import open_adapter
+
+model = open_adapter(Path("<the run folder>"))
+```
+
+or build that timm model with its weights and {num_classes} outputs yourself and call
+`PeftModel.from_pretrained(model, "<this folder>")`. The head comes with it, and stands in `head.safetensors` too. The
+whole config is in `../config.yaml`, the metrics per round in `../metrics.jsonl`.
 """
 
 
 def save_adapter(
-    folder: Path, model: AdaptedModel, run: ComposedRun, class_names: list[str], last: RoundReport
+    folder: Path, model: AdaptedModel, run: ComposedRun, class_names: list[str], reports: Sequence[RoundReport]
 ) -> None:
     """Save adapter, head and model card.
 
     Parameters
     ----------
     folder : Path
-        Is made; ``PeftModel.from_pretrained`` opens it.
+        Is made, inside the run folder; ``PeftModel.from_pretrained`` opens it.
     model : AdaptedModel
         Holds the final values.
     run : ComposedRun
         The config, for the card.
     class_names : list[str]
         Names of the classes in order of the head's outputs.
-    last : RoundReport
-        Of the last round, for the card.
+    reports : Sequence[RoundReport]
+        Of all rounds so far, at least one, for the card.
     """
     model.module.save_pretrained(str(folder))
     views = model.layout.views(model.flat.detach().cpu())
     head = {spec.name: views[spec.name].clone() for spec in model.layout.tensors if spec.unit == HEAD}
     save_file(head, folder / "head.safetensors")
-    (folder / "README.md").write_text(_card(model, run, class_names, last), encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, run, class_names, reports), encoding="utf-8")
 
 
-def _card(model: AdaptedModel, run: ComposedRun, class_names: list[str], last: RoundReport) -> str:
-    settings = run.settings
+def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftModel:
+    """Open the model that a run has left behind.
+
+    Parameters
+    ----------
+    run_folder : Path
+        The run folder, with ``config.yaml`` and ``adapter/``.
+    backbones : Path, optional
+        Folder of backbone files; default ``PETALWISE_BACKBONES``.
+
+    Returns
+    -------
+    PeftModel
+        Backbone, adapter and head, in evaluation mode.
+
+    Raises
+    ------
+    PetalwiseError
+        If config or backbone cannot be had.
+    """
+    settings = typed(RunSettings, OmegaConf.load(run_folder / "config.yaml"))
+    adapter = run_folder / "adapter"
+    num_classes = next(len(tensor) for tensor in load_file(adapter / "head.safetensors").values())
+    folder = backbones or backbone_folder({})
+    backbone = build_backbone(resolved(settings.backbone), num_classes, folder, settings.seed)
+    return peft.PeftModel.from_pretrained(backbone, str(adapter)).eval()
+
+
+def _card(model: AdaptedModel, run: ComposedRun, class_names: list[str], reports: Sequence[RoundReport]) -> str:
+    settings, last = run.settings, reports[-1]
     accuracy, personal = last.central.get("accuracy"), last.clients_accuracy_mean
     return CARD.format(
         dataset=settings.dataset.name,
         backbone=settings.backbone.name,
+        arguments=settings.backbone.arguments,
+        checkpoint=f"`{settings.backbone.checkpoint}`" if settings.backbone.checkpoint else "",
+        mean=settings.backbone.mean,
+        std=settings.backbone.std,
         strategy=run.strategy.name,
         rank=settings.lora.rank,
         targets=", ".join(settings.lora.targets),
-        rounds=settings.num_server_rounds,
-        clients=len(last.clients_used),
+        rounds=last.server_round,
+        clients=max(len(report.clients_used) for report in reports),
         size=model.layout.size,
         image_size=settings.backbone.image_size,
         source=settings.backbone.source,

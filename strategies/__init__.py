@@ -1,6 +1,7 @@
 """Flower strategies that merge adapters layer by layer, one paper per module."""
 
-from strategies.base import LayerwiseStrategy, StrategyConfig, TaskContext
+from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.context import TaskContext
 from strategies.fedavg import FedAvg, FedAvgConfig
 from strategies.fedprox import FedProx, FedProxConfig
 

@@ -12,9 +12,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.codec import Codec
-from strategies.cohort import ClientDirectory, draw_cohort, refusal_summary
+from strategies.cohort import ClientDirectory, draw_cohort, grouped
+from strategies.context import TaskContext
 from strategies.loop import EvaluateFn, OnRound, RoundLoop
 from strategies.replies import (
     Collected,
@@ -23,14 +25,12 @@ from strategies.replies import (
     check_all,
     check_evaluation,
     check_update,
-    first_metrics,
     mean_metric,
     replies_by_client,
 )
 from strategies.report import RoundReport
 from task.config import bounded
 from task.messages import ARRAYS, CONFIG, Instruction
-from task.units import Layout
 
 
 @dataclass
@@ -43,6 +43,10 @@ class StrategyConfig:
     """Share of the clients in a round's cohort."""
     min_clients: int = bounded(2, at_least=1)
     """Fewest clients in a cohort, and fewest good replies for a round to change the model."""
+    min_available_clients: int = bounded(0, at_least=0)
+    """Start once so many clients are there; 0: as many as ``min_clients``."""
+    wait_for_clients: float = bounded(120.0, above=0.0)
+    """Seconds to wait for them."""
     max_failed_rounds: int = bounded(3, at_least=1)
     """End the run after so many successive rounds with too few good replies."""
     evaluate_clients: str = bounded("phase", choices=("phase", "train", "off"))
@@ -50,20 +54,6 @@ class StrategyConfig:
     receives, so one round late, and in a phase after the last round), or not at all."""
     evaluate_every: int = bounded(1, at_least=1)
     """Evaluate every so many rounds, and after the last."""
-
-
-@dataclass(frozen=True)
-class TaskContext:
-    """What a strategy knows of the task; all of it optional in a Flower app of another make."""
-
-    task: str = ""
-    """The task config as JSON, sent to clients."""
-    layout: Layout | None = None
-    """Index of the flat array; without it the initial arrays' names and shapes are the index."""
-    base: str = ""
-    """Hash of the frozen weights that every client must have; empty: not checked."""
-    seed: int = 0
-    """Seed of the cohorts."""
 
 
 class LayerwiseStrategy(Strategy):
@@ -154,11 +144,9 @@ class LayerwiseStrategy(Strategy):
         """Check the replies and merge the good ones; (None, None) leaves the model as it was."""
         collected = self._collect_updates(replies)
         updates, report = collected.good, self.report
-        report.clients_dropped.update(collected.dropped)
-        for client, reason in collected.dropped.items():
-            log(WARNING, "Round %d: client %s is dropped: %s", server_round, client, reason)
+        self._note_dropped("", collected.dropped)
         if len(updates) < self.config.min_clients:
-            self._note_failed_round(server_round, len(updates), list(collected.dropped.values()))
+            self._note_failed_round(server_round, len(updates))
             return None, None
         merged = self.merge(server_round, updates)
         self.flat, self.failed_rounds, self.merged_rounds = merged, 0, self.merged_rounds + 1
@@ -180,11 +168,12 @@ class LayerwiseStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the evaluations and take their unweighted mean."""
+        replies = list(replies)
+        if not self.context.task:
+            return _foreign_metrics(replies)
         answered, failed = replies_by_client(replies, self.directory, self.asked)
         evaluations = check_all(answered, failed, check_evaluation)
-        self.report.clients_dropped.update({name: f"evaluation: {why}" for name, why in evaluations.dropped.items()})
-        for client, reason in evaluations.dropped.items():
-            log(WARNING, "Round %d: evaluation of client %s is dropped: %s", server_round, client, reason)
+        self._note_dropped("evaluation: ", evaluations.dropped)
         return self._note_evaluations(evaluations.good, server_round)
 
     def start(
@@ -231,6 +220,7 @@ class LayerwiseStrategy(Strategy):
         self.codec = Codec(initial_arrays, self.context.layout)
         self.flat = self.codec.decode(initial_arrays).clone()
         self.num_rounds = num_rounds
+        self.failed_rounds = self.merged_rounds = 0
         self.summary()
         configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
         return RoundLoop(self, grid, initial_arrays, num_rounds, timeout, *configs, evaluate_fn, on_round).run()
@@ -258,11 +248,10 @@ class LayerwiseStrategy(Strategy):
         updates = check_all(
             answered, failed, lambda reply, client: check_update(reply, client, self.codec, self.context.base)
         )
-        good = {update.client for update in updates.good}
-        with_test = {c: r for c, r in answered.items() if c in good and "test-accuracy" in first_metrics(r)}
-        if with_test:
+        if self.instruction(self.server_round).evaluate == "received":
+            with_test = {update.client: answered[update.client] for update in updates.good}
             evaluations = check_all(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
-            self.report.clients_dropped.update(evaluations.dropped)
+            self._note_dropped("evaluation: ", evaluations.dropped)
             self._note_evaluations(evaluations.good, self.server_round - 1)
         return updates
 
@@ -275,13 +264,26 @@ class LayerwiseStrategy(Strategy):
         report.clients_evaluated_round = server_round
         return MetricRecord({"accuracy": report.clients_accuracy_mean, "num-clients": len(evaluations)})
 
-    def _note_failed_round(self, server_round: int, found: int, reasons: list[str]) -> None:
+    def _note_dropped(self, what: str, dropped: dict[str, str]) -> None:
+        """Record and log whose reply does not count, and why."""
+        for client, reason in dropped.items():
+            earlier = self.report.clients_dropped.get(client, "")
+            self.report.clients_dropped[client] = f"{earlier}; {what}{reason}" if earlier else f"{what}{reason}"
+        if dropped:
+            log(WARNING, "Round %d: dropped: %s%s", self.report.server_round, what, grouped(dropped))
+
+    def _note_failed_round(self, server_round: int, found: int) -> None:
         self.failed_rounds += 1
         log(
             ERROR,
-            "Round %d: %d good replies, strategy.min_clients=%d are needed; the model stays as it was. %s",
+            "Round %d: %d good replies, strategy.min_clients=%d are needed; the model stays as it was.",
             server_round,
             found,
             self.config.min_clients,
-            refusal_summary(reasons),
         )
+
+
+def _foreign_metrics(replies: Sequence[Message]) -> MetricRecord | None:
+    """Average whatever metrics an app of another make reports, weighted by its examples, as Flower does."""
+    contents = [reply.content for reply in replies if reply.has_content()]
+    return aggregate_metricrecords(contents, "num-examples") if contents else None

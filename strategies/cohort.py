@@ -1,6 +1,6 @@
 """Who takes part: stable identities of clients, and the cohort of a round."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
@@ -9,11 +9,15 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from strategies.context import TaskContext
 from task.errors import MessageError
 from task.messages import CONFIG, IDENTIFY, received_config, text_field
 from task.seeding import derive_seed
 
 MAX_NAME_LENGTH = 64
+MAX_REASON_LENGTH = 500
+MAX_QUERIES = 3
+MAX_GROUPS = 5
 
 
 def identity_order(name: str) -> tuple[int, int, str]:
@@ -46,47 +50,75 @@ def draw_cohort(identities: Iterable[str], fraction: float, minimum: int, seed: 
     return [pool[i] for i in sorted(generator.permutation(len(pool))[:size])]
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node takes no part."""
+
+    client: str
+    """The identity it gave, or its node id."""
+    reason: str
+    """A sentence for people."""
+
+
 @dataclass
 class ClientDirectory:
-    """Which identity each Flower node has; nodes are asked once, by a query message."""
+    """Which identity each Flower node has; a node is asked once by a query, and again while it does not answer."""
 
     nodes: dict[str, int] = field(default_factory=dict)
     """Node id by identity."""
-    refused: dict[int, str] = field(default_factory=dict)
-    """Why a node takes no part, by node id."""
+    refused: dict[int, Refusal] = field(default_factory=dict)
+    """Nodes that cannot take part, by node id."""
+    unanswered: dict[int, int] = field(default_factory=dict)
+    """How often each node has been asked without an answer."""
     _sent: dict[str, str] = field(default_factory=dict)
 
-    def discover(self, grid: Grid, task: str, layout: str, base: str, timeout: float) -> None:
-        """Ask nodes not met before who they are and what base model they hold; forget nodes that left.
+    def discover(self, grid: Grid, context: TaskContext, layout: str, timeout: float) -> list[Message]:
+        """Ask nodes not met before who they are and what they hold; forget nodes that left.
 
         Parameters
         ----------
         grid : Grid
             Connection to the nodes.
-        task, layout, base : str
-            The task config as JSON, the digest of its layout, and the hash of the server's frozen weights; an
-            empty ``base`` leaves the check out.
+        context : TaskContext
+            The task; with an empty ``base`` any node is welcome.
+        layout : str
+            Digest of the layout that every client must have.
         timeout : float
             Seconds to wait for answers.
+
+        Returns
+        -------
+        list[Message]
+            The messages sent and received, for counting their bytes.
         """
         online = set(grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
-        self.refused = {node: reason for node, reason in self.refused.items() if node in online}
-        known = set(self.nodes.values()) | set(self.refused)
-        content = RecordDict({CONFIG: ConfigRecord({"task": task, "layout": layout})})
-        messages = [Message(content, node, IDENTIFY) for node in sorted(online - known)]
+        self.refused = {node: refusal for node, refusal in self.refused.items() if node in online}
+        content = RecordDict({CONFIG: ConfigRecord({"task": context.task, "layout": layout})})
+        waiting = sorted(online - set(self.nodes.values()) - set(self.refused))
+        messages = [Message(content, node, IDENTIFY) for node in waiting]
         if not messages:
-            return
-        for reply in sorted(grid.send_and_receive(messages, timeout=timeout), key=lambda m: m.metadata.src_node_id):
-            self._admit(reply, base)
+            return []
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        answers = {asked[reply.metadata.reply_to_message_id]: reply for reply in replies}
+        known = set(self.refused)
+        for node in waiting:
+            self._admit(node, answers.get(node), context, layout)
         log(INFO, "Clients: %s", ", ".join(self.identities) or "none")
-        for node in sorted(self.refused.keys() - known):
-            log(WARNING, "Node %d takes no part: %s", node, self.refused[node])
+        if news := {self.refused[node].client: self.refused[node].reason for node in self.refused.keys() - known}:
+            log(WARNING, "Refused: %s", grouped(news))
+        return [*messages, *replies]
 
     @property
     def identities(self) -> list[str]:
         """The clients that can take part, in identity order."""
         return sorted(self.nodes, key=identity_order)
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Reason by client, of the nodes that cannot take part."""
+        return {refusal.client: refusal.reason for refusal in self.refused.values()}
 
     def remember(self, messages: Sequence[Message], identities: Sequence[str]) -> None:
         """Note to whom the messages of a phase went, once the grid has given them their ids."""
@@ -100,27 +132,32 @@ class ClientDirectory:
             return sent_to
         return next((name for name, node in self.nodes.items() if node == reply.metadata.src_node_id), None)
 
-    def _admit(self, reply: Message, base: str) -> None:
-        node = reply.metadata.src_node_id
-        if reply.has_error() and base:
-            self.refused[node] = f"error {reply.error.code}: {reply.error.reason}"
-            return
-        if reply.has_error():
-            log(WARNING, "Node %d does not say who it is (%s); its identity is its node id.", node, reply.error.reason)
-            self.nodes[f"node-{node}"] = node
+    def _admit(self, node: int, reply: Message | None, context: TaskContext, layout: str) -> None:
+        if reply is None or reply.has_error():
+            self._note_silence(node, "no answer" if reply is None else str(reply.error.reason), context)
             return
         try:
             record = received_config(reply)
             name = text_field(record, "client")
-            problem = str(record.get("error") or "") or _name_problem(name) or _base_problem(record, base)
+            problem = str(record.get("error") or "") or _name_problem(name) or _difference(record, context, layout)
         except MessageError as error:
-            name, problem = "", str(error)
+            name, problem = f"node-{node}", str(error)
         if not problem and name in self.nodes:
-            problem = f"another node already has the name {name!r}; give every node its own `name` or `partition-id`"
+            problem = f"another node has the name {name!r} already; give every node its own `name` or `partition-id`"
         if problem:
-            self.refused[node] = f"client {name[:MAX_NAME_LENGTH]!r}: {problem}" if name else problem
+            self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH])
         else:
             self.nodes[name] = node
+
+    def _note_silence(self, node: int, reason: str, context: TaskContext) -> None:
+        """Count a query without a proper answer; an app without the query is known by its node id."""
+        if not context.base:
+            log(WARNING, "Node %d does not say who it is (%s); its identity is its node id.", node, reason)
+            self.nodes[f"node-{node}"] = node
+            return
+        self.unanswered[node] = self.unanswered.get(node, 0) + 1
+        if self.unanswered[node] >= MAX_QUERIES:
+            self.refused[node] = Refusal(f"node-{node}", f"it did not say who it is: {reason[:MAX_REASON_LENGTH]}")
 
 
 def _name_problem(name: str) -> str:
@@ -130,17 +167,32 @@ def _name_problem(name: str) -> str:
     return f"a client's name must be 1 to {MAX_NAME_LENGTH} printable characters"
 
 
-def _base_problem(record: ConfigRecord, base: str) -> str:
-    """Say why a client's base model does not fit, or nothing."""
-    theirs = text_field(record, "base") if base else ""
-    if theirs == base:
+def _difference(record: ConfigRecord, context: TaskContext, layout: str) -> str:
+    """Say what a client holds that does not fit the server's model, or nothing."""
+    if not context.base:
         return ""
-    return (
-        f"its frozen backbone has hash {theirs[:12]}, the server's has {base[:12]}; "
-        "adapters of different bases cannot be averaged. Give it the same backbone file"
-    )
+    base = text_field(record, "base")
+    if base != context.base:
+        return (
+            f"its frozen backbone has hash {base[:12]}, the server's has {context.base[:12]}; "
+            "adapters of different bases cannot be averaged. Give it the same backbone file"
+        )
+    if context.classes and text_field(record, "classes") != context.classes:
+        return "its class names or their order are not the server's. Set dataset.classes for the whole federation"
+    if text_field(record, "layout") != layout:
+        return "its adapter has another layout (rank, targets or number of classes) than the server's"
+    return ""
 
 
-def refusal_summary(refused: Sequence[str]) -> str:
-    """Join the distinct reasons for refusals, the most frequent first."""
-    return " | ".join(sorted(set(refused), key=lambda reason: (-refused.count(reason), reason))[:5])
+def grouped(reasons: Mapping[str, str]) -> str:
+    """Join reasons, each once, behind the clients it holds for; the most frequent first."""
+    clients: dict[str, list[str]] = {}
+    for client in sorted(reasons, key=identity_order):
+        clients.setdefault(reasons[client], []).append(client)
+    ranked = sorted(clients.items(), key=lambda item: -len(item[1]))[:MAX_GROUPS]
+    return "; ".join(f"{_listed(names)}: {reason}" for reason, names in ranked)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:MAX_GROUPS]) + (", ..." if len(names) > MAX_GROUPS else "")
+    return f"client {shown}" if len(names) == 1 else f"{len(names)} clients ({shown})"

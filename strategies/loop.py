@@ -4,17 +4,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging import INFO
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from strategies.cohort import refusal_summary
+from strategies.cohort import grouped
 from strategies.replies import first_metrics
 from strategies.report import RoundReport
 from task.errors import TooFewClientsError
-from task.messages import CONFIG, content_bytes
+from task.messages import ARRAYS, CONFIG, content_bytes
+from task.units import Layout
 
 if TYPE_CHECKING:
     from strategies.base import LayerwiseStrategy
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 OnRound = Callable[[RoundReport], None]
 NODE_POLL_SECONDS = 1.0
+SECONDS_BETWEEN_NOTES = 10.0
+MAX_QUERY_SECONDS = 300.0
 
 
 @dataclass
@@ -39,13 +44,14 @@ class RoundLoop:
     on_round: OnRound | None = None
 
     def run(self) -> Result:
-        """Run round 0, which only evaluates, and all rounds after it."""
+        """Run round 0, which finds the clients and evaluates the initial model, and all rounds after it."""
         result = Result(arrays=self.arrays)
-        self._wait_for_clients()
         for server_round in range(self.num_rounds + 1):
             self.strategy.report = RoundReport(server_round)
             with self._timed("total"):
-                if server_round:
+                if server_round == 0:
+                    self._wait_for_clients()
+                else:
                     self._train(server_round, result)
                     self._evaluate(server_round, result)
                 self._evaluate_centrally(server_round, result)
@@ -55,24 +61,37 @@ class RoundLoop:
         return result
 
     def _wait_for_clients(self) -> None:
-        """Wait until enough clients have said who they are."""
-        needed, deadline = self.strategy.config.min_clients, time.monotonic() + self.timeout
+        """Wait until enough clients have said who they are; give up at once if all that did are refused."""
+        directory, config = self.strategy.directory, self.strategy.config
+        needed = max(config.min_available_clients, config.min_clients)
+        began = last_said = time.monotonic()
         while True:
             self._discover()
-            found, refused = len(self.strategy.directory.nodes), list(self.strategy.directory.refused.values())
+            found, now = len(directory.nodes), time.monotonic()
             if found >= needed:
                 return
-            if refused or time.monotonic() > deadline:
+            if now - began > config.wait_for_clients or (directory.refused and not found):
                 break
+            if now - last_said >= SECONDS_BETWEEN_NOTES:
+                log(INFO, "Waiting for clients: %d of %d are here.", found, needed)
+                last_said = now
             time.sleep(NODE_POLL_SECONDS)
         raise TooFewClientsError(
-            f"{found} client(s) can take part, strategy.min_clients={needed} are needed. "
-            f"Refused: {refusal_summary(refused) or 'none'}"
+            f"{found} client(s) can take part, {needed} are needed (strategy.min_available_clients, "
+            f"strategy.min_clients). Refused: {grouped(directory.refusals) or 'none'}"
         )
 
     def _discover(self) -> None:
-        context, layout = self.strategy.context, self.strategy.codec.layout.digest
-        self.strategy.directory.discover(self.grid, context.task, layout, context.base, self.timeout)
+        """Ask new nodes who they are, and count the bytes of it."""
+        strategy, report = self.strategy, self.strategy.report
+        timeout = min(self.timeout, MAX_QUERY_SECONDS)
+        messages = strategy.directory.discover(self.grid, strategy.context, strategy.codec.layout.digest, timeout)
+        for message in messages:
+            if message.metadata.reply_to_message_id:
+                report.bytes_up += content_bytes(message.content) if message.has_content() else 0
+            else:
+                report.bytes_down += content_bytes(message.content)
+        report.clients_refused = strategy.directory.refusals
 
     def _train(self, server_round: int, result: Result) -> None:
         """Discover clients that joined, send the model and let the cohort train, merge the replies."""
@@ -111,11 +130,14 @@ class RoundLoop:
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Send messages and wait for the replies, counting the bytes of both."""
-        report = self.strategy.report
+        report, layout = self.strategy.report, self.strategy.codec.layout
         report.bytes_down += sum(content_bytes(message.content) for message in messages)
+        _count_units(report.bytes_down_by_unit, messages, layout)
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
         self.strategy.directory.remember(messages, self.strategy.asked)
-        report.bytes_up += sum(content_bytes(reply.content) for reply in replies if reply.has_content())
+        received = [reply for reply in replies if reply.has_content()]
+        report.bytes_up += sum(content_bytes(reply.content) for reply in received)
+        _count_units(report.bytes_up_by_unit, received, layout)
         return replies
 
     def _stop_if_hopeless(self, server_round: int) -> None:
@@ -124,7 +146,7 @@ class RoundLoop:
         nothing_merged = 0 < server_round == self.num_rounds and not strategy.merged_rounds
         if strategy.failed_rounds < strategy.config.max_failed_rounds and not nothing_merged:
             return
-        reasons = refusal_summary(list(strategy.report.clients_dropped.values()))
+        reasons = grouped(strategy.report.clients_dropped)
         raise TooFewClientsError(
             f"{strategy.failed_rounds} successive round(s) up to round {server_round} had fewer than "
             f"strategy.min_clients={strategy.config.min_clients} good replies. Last reasons: {reasons or 'none given'}"
@@ -149,3 +171,10 @@ def _busiest_worker_seconds(replies: Iterable[Message]) -> float:
             seconds = first_metrics(reply).get("seconds", 0.0)
             busy[worker] = busy.get(worker, 0.0) + (float(seconds) if isinstance(seconds, int | float) else 0.0)
     return max(busy.values(), default=0.0)
+
+
+def _count_units(total: dict[str, int], messages: Iterable[Message], layout: Layout) -> None:
+    """Add the float32 bytes of every unit for each message that carries the model."""
+    carrying = sum(ARRAYS in message.content.array_records for message in messages)
+    for unit, part in layout.slices.items():
+        total[unit] = total.get(unit, 0) + 4 * carrying * (part.stop - part.start)

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from logging import WARNING
 from typing import Generic, TypeVar
 
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
 
 from strategies.codec import Codec
-from strategies.cohort import ClientDirectory, identity_order
+from strategies.cohort import MAX_REASON_LENGTH, ClientDirectory, identity_order
 from task.errors import MessageError
 from task.messages import ARRAYS, CONFIG, number_field, received_config, received_metrics, text_field
 
@@ -78,16 +80,24 @@ def replies_by_client(
     tuple[dict[str, Message], dict[str, str]]
         Replies by identity, in identity order, and reasons by identity.
     """
+    asked = set(expected)
     answered: dict[str, Message] = {}
     failed: dict[str, str] = {}
     for reply in replies:
-        client = directory.identity_of(reply) or f"node-{reply.metadata.src_node_id}"
-        if reply.has_error():
-            failed[client] = f"error {reply.error.code}: {reply.error.reason}"
+        client = directory.identity_of(reply)
+        if client not in asked or client in answered or client in failed:
+            log(WARNING, "A reply of node %d that nobody waits for is ignored.", reply.metadata.src_node_id)
+        elif reply.has_error():
+            failed[client] = f"error {reply.error.code}: {reply.error.reason}"[:MAX_REASON_LENGTH]
         else:
             answered[client] = reply
-    missing = {client: "no reply within the timeout" for client in expected if client not in {**answered, **failed}}
-    return {name: answered[name] for name in sorted(answered, key=identity_order)}, {**failed, **missing}
+    missing = dict.fromkeys(asked - answered.keys() - failed.keys(), "no reply within the timeout")
+    reasons = {**failed, **missing}
+    in_order = sorted(asked, key=identity_order)
+    return (
+        {name: answered[name] for name in in_order if name in answered},
+        {name: reasons[name] for name in in_order if name in reasons},
+    )
 
 
 def check_update(reply: Message, client: str, codec: Codec, base: str) -> Update:

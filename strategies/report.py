@@ -26,10 +26,16 @@ class RoundReport:
     """Clients whose update was merged, in identity order."""
     clients_dropped: dict[str, str] = field(default_factory=dict)
     """Reason by client whose train or evaluate reply was missing or refused."""
+    clients_refused: dict[str, str] = field(default_factory=dict)
+    """Reason by client that cannot take part at all: another base model, other classes, no usable data."""
     bytes_down: int = 0
-    """Bytes of message contents sent to clients."""
+    """Bytes of message contents sent to clients, the question who they are included."""
     bytes_up: int = 0
     """Bytes of message contents received from clients."""
+    bytes_down_by_unit: dict[str, int] = field(default_factory=dict)
+    """Bytes of adapter and head sent, by layer unit."""
+    bytes_up_by_unit: dict[str, int] = field(default_factory=dict)
+    """Bytes of adapter and head received, by layer unit."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``total``, and ``wait``:
     the part of the train phase not explained by the busiest worker's own work."""

@@ -2,8 +2,8 @@
 
 import difflib
 import hashlib
-import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from task.config import BackboneConfig
 from task.errors import ModelError
+from task.folders import node_folder, reason_of
 from task.libraries import timm
 from task.packaged_weights import read_packaged_weights
 from task.seeding import derive_seed
@@ -22,6 +23,10 @@ PACKAGED_FOLDER = Path(__file__).resolve().parent / "weights"
 BACKBONES_VARIABLE = "PETALWISE_BACKBONES"
 REFUSED_ARGUMENTS = ("checkpoint_path", "cache_dir", "features_only", "img_size", "num_classes", "pretrained")
 """Starts of timm's arguments that say what other keys say, or make timm read or write other files."""
+MAX_PARAMETERS = 2_000_000_000
+"""Largest backbone that is built: the architecture's arguments come from the server, the memory is the client's."""
+MAX_ARGUMENT = 16_384
+"""Largest whole number among the architecture's arguments: far above any width or depth."""
 
 
 def backbone_folder(node_config: Mapping[str, object]) -> Path | None:
@@ -36,9 +41,39 @@ def backbone_folder(node_config: Mapping[str, object]) -> Path | None:
     -------
     Path or None
         The folder, or None where neither is set.
+
+    Raises
+    ------
+    DataError
+        If there is no such folder.
     """
-    folder = str(node_config.get("backbones") or os.environ.get(BACKBONES_VARIABLE, ""))
-    return Path(folder) if folder else None
+    return node_folder(node_config, "backbones", BACKBONES_VARIABLE)
+
+
+def resolved(config: BackboneConfig) -> BackboneConfig:
+    """Fill in what a config leaves to the pretrained model: image size 0, empty mean, empty deviation.
+
+    Raises
+    ------
+    ModelError
+        If timm does not know the model, or not how it was pretrained.
+    """
+    if not config.name:
+        raise ModelError("backbone.name is empty; give the name of any timm model, such as vit_tiny_patch16_224.")
+    if not timm.is_model(config.name):
+        near = difflib.get_close_matches(config.name, timm.list_models(), n=5)
+        raise ModelError(f"backbone.name={config.name!r} is no timm model. Similar: {', '.join(near) or 'none'}.")
+    if config.image_size and config.mean and config.std:
+        return config
+    pretrained = timm.get_pretrained_cfg(config.name)
+    if pretrained is None:
+        raise ModelError(f"timm has no weights of {config.name!r}; set backbone.image_size, mean and std.")
+    return replace(
+        config,
+        image_size=config.image_size or pretrained.input_size[-1],
+        mean=config.mean or list(pretrained.mean),
+        std=config.std or list(pretrained.std),
+    )
 
 
 def build_backbone(config: BackboneConfig, num_classes: int, folder: Path | None = None, seed: int = 0) -> nn.Module:
@@ -63,11 +98,12 @@ def build_backbone(config: BackboneConfig, num_classes: int, folder: Path | None
     Raises
     ------
     ModelError
-        If timm does not know the model, its weights cannot be had, or they do not fit it.
+        If timm does not know the model, its weights cannot be had or do not fit it, or it is one that
+        cannot be trained on here: too large, with batch normalisation, of another image size.
     """
-    if not timm.is_model(config.name):
-        near = difflib.get_close_matches(config.name, timm.list_models(), n=5)
-        raise ModelError(f"backbone.name={config.name!r} is no timm model. Similar: {', '.join(near) or 'none'}.")
+    config = resolved(config)
+    with torch.device("meta"):  # without memory for the weights
+        _check_architecture(_create(config, num_classes), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "backbone"))
         if config.source == "random":
@@ -111,6 +147,26 @@ def head_name(model: nn.Module) -> str:
     return classifier
 
 
+def _check_architecture(model: nn.Module, config: BackboneConfig) -> None:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > MAX_PARAMETERS:
+        raise ModelError(f"{config.name!r} would have {count} parameters, more than {MAX_PARAMETERS}.")
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        raise ModelError(
+            f"{config.name!r} has batch normalisation, whose running statistics no client would share; "
+            "choose a Vision Transformer with layer normalisation."
+        )
+    embedding, size = getattr(model, "patch_embed", None), config.image_size
+    patch = getattr(embedding, "patch_size", None) or 1
+    patch = max(patch) if isinstance(patch, tuple) else patch
+    if size % patch and not getattr(embedding, "dynamic_img_pad", False):
+        below = size - size % patch
+        nearest = " or ".join(str(side) for side in (below, below + patch) if side)
+        raise ModelError(
+            f"backbone.image_size={size} is no multiple of the patch size {patch} of {config.name!r}; take {nearest}."
+        )
+
+
 def _create(config: BackboneConfig, num_classes: int, **options: Any) -> nn.Module:
     refused = [name for name in config.arguments if name.startswith(REFUSED_ARGUMENTS)]
     if refused:
@@ -118,12 +174,17 @@ def _create(config: BackboneConfig, num_classes: int, **options: Any) -> nn.Modu
             f"backbone.arguments: {refused[0]!r} is not allowed; use the other keys of backbone instead "
             "(source, checkpoint, image_size)."
         )
+    for name, value in config.arguments.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and number > MAX_ARGUMENT for number in numbers):
+            raise ModelError(f"backbone.arguments: {name}={value} is more than {MAX_ARGUMENT}.")
     arguments = {"img_size": config.image_size, **config.arguments, **options}
     try:
         return timm.create_model(config.name, num_classes=num_classes, **arguments)
     except Exception as error:  # models raise many unrelated types on arguments that do not fit
         raise ModelError(
-            f"timm cannot build {config.name!r} at {config.image_size} px from source {config.source!r}: {error}"
+            f"timm cannot build {config.name!r} at {config.image_size} px from source {config.source!r}: "
+            f"{reason_of(error)}"
         ) from error
 
 
@@ -135,13 +196,15 @@ def _read_state(config: BackboneConfig, folder: Path | None) -> dict[str, torch.
         return _read_packaged(file_name)
     if folder is None or not (folder / file_name).is_file():
         raise ModelError(
-            f"The backbone file {file_name!r} is not in this party's backbone folder ({folder or 'none is set'}). "
+            f"The backbone file {file_name!r} is not in this party's backbone folder"
+            f"{'' if folder else ', as none is set'}. "
             f'Set the node config backbones="/folder" or the environment variable {BACKBONES_VARIABLE}.'
         )
     try:
         return load_file(folder / file_name)
-    except SafetensorError as error:
-        raise ModelError(f"The backbone file {file_name!r} is no intact safetensors file: {error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = reason_of(error)
+        raise ModelError(f"The backbone file {file_name!r} is no intact safetensors file: {reason}.") from error
 
 
 def _read_packaged(file_name: str) -> dict[str, torch.Tensor]:

@@ -27,9 +27,14 @@ def bounded(
     at_most: float | None = None,
     choices: tuple[str, ...] = (),
     items: int | None = None,
+    unset: Any = None,
 ) -> Any:
-    """Declare a config field with a default and the values it may take (of a list: each item, and how many items)."""
+    """Declare a config field with a default and the values it may take (of a list: each item, and how many items).
+
+    ``unset`` is one more value it may take, outside the bounds.
+    """
     bounds = {"above": above, "at_least": at_least, "at_most": at_most, "choices": choices, "items": items}
+    bounds["unset"] = unset
     metadata = {key: bound for key, bound in bounds.items() if bound is not None and bound != ()}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -46,14 +51,14 @@ class BackboneConfig:
     """Where the weights come from: with the app, timm's hub, a local safetensors file, or a seeded random draw."""
     checkpoint: str = ""
     """File name of the weights: inside the app for ``packaged``, else in each party's own backbone folder."""
-    image_size: int = bounded(32, at_least=8, at_most=1024)
-    """Side of the square input, pixels; position embeddings are resampled to it by timm."""
+    image_size: int = bounded(32, at_least=8, at_most=1024, unset=0)
+    """Side of the square input, pixels, to which timm resamples position embeddings; 0: as pretrained."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of ``timm.create_model`` (patch_size, embed_dim, ...)."""
-    mean: list[float] = bounded([0.5, 0.5, 0.5], at_least=0.0, at_most=1.0, items=3)
-    """Per-channel mean subtracted from images scaled to [0, 1]."""
-    std: list[float] = bounded([0.5, 0.5, 0.5], above=0.0, at_most=1.0, items=3)
-    """Per-channel deviation that divides images scaled to [0, 1]."""
+    mean: list[float] = bounded([0.5, 0.5, 0.5], at_least=0.0, at_most=1.0, items=3, unset=[])
+    """Per-channel mean subtracted from images scaled to [0, 1]; empty: as pretrained."""
+    std: list[float] = bounded([0.5, 0.5, 0.5], above=0.0, at_most=1.0, items=3, unset=[])
+    """Per-channel deviation that divides images scaled to [0, 1]; empty: as pretrained."""
 
 
 @dataclass
@@ -165,6 +170,8 @@ def validate(config: Any, path: str = "") -> None:
     """
     for item in dataclasses.fields(config):
         value, name = getattr(config, item.name), f"{path}{item.name}"
+        if "unset" in item.metadata and value == item.metadata["unset"]:
+            continue
         items = item.metadata.get("items")
         if items and len(value) != items:
             raise ConfigError(f"{name}={value} must have {items} items.")

@@ -5,8 +5,11 @@ in replies, metrics. Both sides derive the index of the array from the same :cla
 and compare its digest. Nothing received is unpickled; sizes are checked before any value is read.
 """
 
+import hashlib
 import io
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +20,7 @@ from task.errors import MessageError
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 FLAT = "flat"
 IDENTIFY = "query.identify"
+EVALUATIONS = ("none", "received")
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,21 @@ class Instruction:
         MessageError
             If a field is missing or of the wrong type.
         """
+        evaluate, mu = text_field(record, "evaluate"), float(number_field(record, "proximal-mu"))
+        if evaluate not in EVALUATIONS or mu < 0:
+            raise MessageError(f"The instruction has evaluate={evaluate!r} and proximal-mu={mu}; it is not followed.")
         return Instruction(
             server_round=int(number_field(record, "server-round")),
             task=text_field(record, "task"),
             layout=text_field(record, "layout"),
-            proximal_mu=float(number_field(record, "proximal-mu")),
-            evaluate=text_field(record, "evaluate"),
+            proximal_mu=mu,
+            evaluate=evaluate,
         )
+
+
+def classes_digest(names: Sequence[str]) -> str:
+    """Digest class names in their order; heads can be merged only where these agree."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
 
 
 def text_field(record: ConfigRecord, key: str) -> str:
@@ -90,18 +102,23 @@ def flat_to_array(flat: np.ndarray) -> Array:
 
 
 def array_to_flat(array: Array, size: int) -> np.ndarray:
-    """View a received array as flat float32 values, without copying.
+    """View a received array as flat float32 values [size]; see :func:`array_values`."""
+    return array_values(array, (size,))
+
+
+def array_values(array: Array, shape: tuple[int, ...]) -> np.ndarray:
+    """View a received array as float32 values, without copying or allocating.
 
     Parameters
     ----------
     array : Array
         As received.
-    size : int
-        Number of elements the layout asks for.
+    shape : tuple[int, ...]
+        The shape it must have.
 
     Returns
     -------
-    ndarray, float32, [size]
+    ndarray, float32, of that shape
         A read-only view of the received bytes.
 
     Raises
@@ -113,17 +130,17 @@ def array_to_flat(array: Array, size: int) -> np.ndarray:
     try:
         if np.lib.format.read_magic(buffer) != (1, 0):
             raise ValueError("it is not in version 1.0 of NumPy's format")
-        shape, _, dtype = np.lib.format.read_array_header_1_0(buffer)
+        found, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
     except Exception as error:  # NumPy's parser raises many unrelated types on broken headers
         raise MessageError(f"The array's header cannot be read: {error}") from error
-    if dtype != np.dtype("<f4"):
-        raise MessageError(f"The array has dtype {dtype}, expected float32.")
-    if shape != (size,):
-        raise MessageError(f"The array has shape {list(shape)}, expected [{size}].")
-    start = buffer.tell()
+    if dtype != np.dtype("<f4") or (fortran_order and len(shape) > 1):
+        raise MessageError(f"The array has dtype {dtype}, expected float32 in C order.")
+    if found != shape:
+        raise MessageError(f"The array has shape {list(found)}, expected {list(shape)}.")
+    start, size = buffer.tell(), math.prod(shape)
     if len(array.data) - start != 4 * size:
         raise MessageError(f"The array holds {len(array.data) - start} bytes, expected {4 * size}.")
-    return np.frombuffer(array.data, dtype=np.float32, offset=start)
+    return np.frombuffer(array.data, dtype=np.float32, offset=start).reshape(shape)
 
 
 def flat_content(array: Array, instruction: Instruction) -> RecordDict:

@@ -75,7 +75,8 @@ class AdaptedModel:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [n, classes] of normalised images [n, 3, h, w]."""
-        return self.module(images)
+        logits: torch.Tensor = self.module(images)
+        return logits
 
 
 def canonical_name(peft_name: str) -> str:

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from task.errors import PetalwiseError
+from task.errors import ConfigError, PetalwiseError
 
 
 class InProcessGrid(Grid):
@@ -109,7 +109,9 @@ def main() -> None:
 
     began = time.perf_counter()
     try:
-        run = compose_run({"overrides": " ".join(arguments.overrides)})
+        if arguments.clients < 1:
+            raise ConfigError(f"A run needs at least 1 client, not {arguments.clients}.")
+        run = compose_run({}, arguments.overrides)
         folder = run_federation(InProcessGrid(app, simulated_nodes(arguments.clients)), run)
     except PetalwiseError as error:
         sys.exit(f"The run stops: {error}")

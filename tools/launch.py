@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 from task.errors import ConfigError, PetalwiseError
 from tools.simulation import RunOutcome, SimulationSuperLink
@@ -27,21 +27,15 @@ __all__ = ["RunOutcome", "SimulationSuperLink", "main", "run_app"]
 def run_app(
     app: Path,
     *,
-    run_config: Sequence[str] = (),
-    clients: int = 10,
-    cpus_per_client: int = 1,
-    gpus_per_client: float = 0.0,
-    runs_dir: Path = Path("runs"),
     data: Path | None = None,
     backbones: Path | None = None,
-    timeout: float | None = None,
     keep: bool = False,
-    output: TextIO | None = sys.stdout,
+    **options: Any,
 ) -> RunOutcome:
     """Run `app` once on a SuperLink of its own.
 
-    The parameters are those of :class:`SimulationSuperLink` and of :meth:`SimulationSuperLink.run`, which see also for
-    the errors. Use that class where several runs follow one another.
+    The parameters are those of :class:`SimulationSuperLink`, and `options` those of :meth:`SimulationSuperLink.run`,
+    which see also for the errors. Use that class where several runs follow one another.
 
     Returns
     -------
@@ -49,16 +43,7 @@ def run_app(
         How the run ended, whether well or badly.
     """
     with SimulationSuperLink(data=data, backbones=backbones, keep=keep) as superlink:
-        return superlink.run(
-            app,
-            run_config=run_config,
-            clients=clients,
-            cpus_per_client=cpus_per_client,
-            gpus_per_client=gpus_per_client,
-            runs_dir=runs_dir,
-            timeout=timeout,
-            output=output,
-        )
+        return superlink.run(app, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,34 +3,39 @@
 Run: ``python -m tools.pretrain_backbone DATA --out task/weights/vit_pico.json`` where DATA is a folder
 of CIFAR-100 parquet files (columns ``img``, ``fine_label``; names starting with ``train`` and
 ``test``). Writes the float16 weights without the head, and the seed, recipe and accuracy beside
-them. An interrupted run goes on from the last finished epoch.
+them. An interrupted run goes on from the last finished epoch if recipe and data are the same.
 """
 
 import argparse
 import json
 import math
+import os
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import load_dataset
 from torch.nn import functional as F  # noqa: N812
 
+from task.config import DatasetConfig
+from task.data.images import ImageSet, decode
+from task.data.sources import load_split
+from task.errors import ConfigError, PetalwiseError
 from task.libraries import timm
 from task.packaged_weights import write_packaged_weights
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-ARGUMENTS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+ARGUMENTS: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
+NUM_CLASSES = 100
+CIFAR100 = DatasetConfig(name="CIFAR-100", source="parquet", image_column="img", label_column="fine_label")
 
 
-def read_split(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def read_images(folder: Path, role: Literal["train", "test"]) -> ImageSet:
     """Read a split as uint8 images [n, 3, 32, 32] and int64 labels [n]."""
-    files = sorted(str(path) for path in folder.glob(f"{split}*.parquet"))
-    table = load_dataset("parquet", data_files=files, split="train").with_format("numpy")
-    images = torch.from_numpy(np.stack([np.asarray(image) for image in table["img"]]))
-    return images.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(np.asarray(table["fine_label"]))
+    return decode(load_split(CIFAR100, role, folder, seed=0), ARGUMENTS["img_size"])
 
 
 def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -52,20 +57,20 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(model: torch.nn.Module, test: ImageSet) -> float:
     """Share of images classified correctly."""
     model.eval()
     hits = sum(
         (model(normalised(batch)).argmax(1) == target).sum().item()
-        for batch, target in zip(images.split(500), labels.split(500), strict=True)
+        for batch, target in zip(test.images.split(500), test.labels.split(500), strict=True)
     )
-    return hits / len(labels)
+    return float(hits / len(test))
 
 
 def train_epoch(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: tuple[torch.Tensor, torch.Tensor],
+    data: ImageSet,
     epoch: int,
     arguments: argparse.Namespace,
 ) -> float:
@@ -73,21 +78,21 @@ def train_epoch(
 
     Half of the patches are dropped but in the last fifth of the epochs: twice the speed, and it regularises.
     """
-    images, labels = data
     generator = torch.Generator().manual_seed(arguments.seed * 10_000 + epoch)
     torch.manual_seed(arguments.seed * 10_000 + epoch)
-    order = torch.randperm(len(images), generator=generator).split(arguments.batch_size)
+    order = torch.randperm(len(data), generator=generator).split(arguments.batch_size)
     total_steps, warmup = arguments.epochs * len(order), 2 * len(order)
     model.train()
-    model.patch_drop.prob = 0.5 if epoch < 0.8 * arguments.epochs else 0.0
+    patch_drop: Any = model.patch_drop
+    patch_drop.prob = 0.5 if epoch < 0.8 * arguments.epochs else 0.0
     losses = []
     for i, index in enumerate(order):
         step = epoch * len(order) + i
         decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total_steps - warmup)))
         for group in optimizer.param_groups:
             group["lr"] = arguments.lr * min(1.0, (step + 1) / warmup) * decay
-        logits = model(normalised(augmented(images[index], generator)))
-        loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
+        logits = model(normalised(augmented(data.images[index], generator)))
+        loss = F.cross_entropy(logits, data.labels[index], label_smoothing=0.1)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -96,8 +101,71 @@ def train_epoch(
     return float(np.mean(losses))
 
 
-def main() -> None:
-    """Train, report the accuracy per epoch, write the weights."""
+class Progress:
+    """What an interrupted run goes on from: model, optimizer and epoch, with the recipe that they belong to.
+
+    Parameters
+    ----------
+    path : Path
+        The file; it is replaced in one step, so that an interruption leaves the one before.
+    recipe : dict
+        Options and size of the data; progress made under others is refused.
+    """
+
+    def __init__(self, path: Path, recipe: dict[str, Any]) -> None:
+        self.path = path
+        self.recipe = recipe
+
+    def load(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Restore model and optimizer if there is progress; return how many epochs are done."""
+        if not self.path.exists():
+            return 0
+        saved = torch.load(self.path, weights_only=True)
+        if saved.get("recipe") != self.recipe:
+            raise ConfigError(
+                f"{self.path} was left by a run with another recipe ({saved.get('recipe')}, not {self.recipe}): "
+                "remove it, or give that run's options."
+            )
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["epoch"])
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        """Keep the state after `epoch` epochs."""
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        torch.save({**state, "recipe": self.recipe}, fresh)
+        os.replace(fresh, self.path)
+
+
+def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, say the accuracy after each epoch, write the weights; return what is written beside them."""
+    recipe = {key: value for key, value in vars(arguments).items() if key not in ("data", "out")}
+    torch.manual_seed(arguments.seed)
+    model = timm.create_model(ARCHITECTURE, num_classes=NUM_CLASSES, patch_drop_rate=0.5, **ARGUMENTS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay, fused=True)
+    train, test = read_images(arguments.data, "train"), read_images(arguments.data, "test")
+    progress = Progress(arguments.out.with_suffix(".partial.pt"), {**recipe, "training_images": len(train)})
+    for epoch in range(progress.load(model, optimizer), arguments.epochs):
+        began = time.perf_counter()
+        loss = train_epoch(model, optimizer, train, epoch, arguments)
+        progress.save(model, optimizer, epoch + 1)
+        seconds = time.perf_counter() - began
+        score = accuracy(model, test)
+        print(f"epoch {epoch + 1:3d}/{arguments.epochs}  loss {loss:.3f}  test {score:.4f}  {seconds:.0f} s")
+
+    images = f"{CIFAR100.name}, {len(train):,} training images"
+    record = {"data": images, "recipe": recipe, "test_accuracy": accuracy(model, test)}
+    backbone = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    fresh = arguments.out.with_name(f"{arguments.out.name}.new")
+    write_packaged_weights(fresh, backbone, {"architecture": ARCHITECTURE, "arguments": ARGUMENTS, **record})
+    os.replace(fresh, arguments.out)
+    progress.path.unlink(missing_ok=True)
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the options and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
@@ -106,33 +174,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-
-    torch.manual_seed(arguments.seed)
-    model = timm.create_model(ARCHITECTURE, num_classes=100, patch_drop_rate=0.5, **ARGUMENTS)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=arguments.weight_decay, fused=True)
-    train, test = read_split(arguments.data, "train"), read_split(arguments.data, "test")
-    progress = arguments.out.with_suffix(".partial.pt")
-    start = 0
-    if progress.exists():
-        saved = torch.load(progress, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start = saved["epoch"]
-    for epoch in range(start, arguments.epochs):
-        began = time.perf_counter()
-        loss = train_epoch(model, optimizer, train, epoch, arguments)
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, progress)
-        seconds = time.perf_counter() - began
-        score = accuracy(model, *test)
-        print(f"epoch {epoch + 1:3d}/{arguments.epochs}  loss {loss:.3f}  test {score:.4f}  {seconds:.0f} s")
-
-    recipe = {key: value for key, value in vars(arguments).items() if key not in ("data", "out")}
-    record = {"data": "CIFAR-100, 25,000 training images", "recipe": recipe, "test_accuracy": accuracy(model, *test)}
-    backbone = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
-    write_packaged_weights(arguments.out, backbone, {"architecture": ARCHITECTURE, "arguments": ARGUMENTS, **record})
-    progress.unlink()
-    print(json.dumps(record))
+    try:
+        print(json.dumps(pretrain(parser.parse_args(argv))))
+    except PetalwiseError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

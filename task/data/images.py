@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from task.data.sampling import labels_of
 from task.errors import DataError
+from task.folders import reason_of
 from task.torchvision_mend import mend_torchvision
 
 if TYPE_CHECKING:
@@ -73,9 +75,10 @@ def decode(dataset: "Dataset", image_size: int) -> ImageSet:
         try:
             pixels[row] = np.asarray(to_square(_to_rgb(_open(record["image"])))).transpose(2, 0, 1)
         except Exception as error:  # Pillow's decoders raise dozens of unrelated types on broken files
-            path = (record["image"] or {}).get("path") or "stored in the table"
+            path = (record["image"] or {}).get("path")
+            name = Path(path).name if path else "stored in the table"
             raise DataError(
-                f"Image {row} of {len(dataset)} ({path}) could not be read: {error}. Repair or remove it."
+                f"Image {row} of {len(dataset)} ({name}) could not be read: {reason_of(error)}. Repair or remove it."
             ) from error
     return ImageSet(images, torch.from_numpy(labels_of(dataset)))
 
@@ -85,11 +88,12 @@ def _square_transform(image_size: int) -> Callable[[Image.Image], Image.Image]:
     from torchvision.transforms import v2  # takes 2 s to import
 
     resize = v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC)
-    return v2.Compose([resize, v2.CenterCrop(image_size)])
+    square: Callable[[Image.Image], Image.Image] = v2.Compose([resize, v2.CenterCrop(image_size)])
+    return square
 
 
 def _open(stored: dict[str, Any] | None) -> Image.Image:
-    """Open a stored image: bytes, or a file on this machine (never an address, as the data may be another party's)."""
+    """Open a stored image: bytes, or a file on this machine (never an address)."""
     if stored is None:
         raise ValueError("the row has no image")
     image = Image.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])

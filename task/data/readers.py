@@ -9,6 +9,7 @@ import numpy as np
 
 from task.config import DatasetConfig
 from task.errors import ConfigError, DataError
+from task.folders import reason_of
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _HUB_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -79,10 +80,11 @@ def _read_parquet(split: str, location: Path) -> datasets.Dataset:
     )
     if not files:
         raise DataError(
-            f"{location} has no parquet file whose name starts with '{split}'; correct dataset.train_split or "
-            f"dataset.test_split (an empty test_split holds out a part of the training split)."
+            f"The data folder '{location.name}' has no parquet file whose name starts with '{split}'; "
+            "correct dataset.train_split or dataset.test_split (an empty test_split holds out a part of the "
+            "training split)."
         )
-    return _loaded(f"The parquet files {split}* in {location}", "parquet", data_files=files, split="train")
+    return _loaded(f"The parquet files {split}* in '{location.name}'", "parquet", data_files=files, split="train")
 
 
 def _loaded(what: str, *arguments: str, **options: Any) -> datasets.Dataset:
@@ -90,7 +92,7 @@ def _loaded(what: str, *arguments: str, **options: Any) -> datasets.Dataset:
         return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # storage, network and format libraries raise dozens of unrelated types here
         reason = error.__cause__ or error  # "an error occurred while generating the dataset" hides its cause
-        raise DataError(f"{what} could not be read: {str(reason).strip() or type(reason).__name__}") from error
+        raise DataError(f"{what} could not be read: {reason_of(reason)}") from error
 
 
 def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.Dataset:
@@ -102,7 +104,9 @@ def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.
     files = {name: sorted(path for path in (folder / name).rglob("*") if _is_image(path)) for name in names}
     images = [str(path) for paths in files.values() for path in paths]
     if not images:
-        raise DataError(f"{folder} holds no images; expected one folder per class, as in {folder / 'cat' / '1.png'}.")
+        raise DataError(
+            f"The data folder '{folder.name}' holds no images; expected one folder per class, as in cat/1.png."
+        )
     labels = [code for code, paths in enumerate(files.values()) for _ in paths]
     return _labelled(config, images, labels, names)
 
@@ -117,7 +121,7 @@ def _class_root(config: DatasetConfig, split: str, location: Path) -> Path:
     if split == config.train_split and not (config.test_split and (location / config.test_split).is_dir()):
         return location
     raise DataError(
-        f"{location} has no folder '{split}'; correct dataset.train_split or dataset.test_split "
+        f"The data folder '{location.name}' has no folder '{split}'; correct dataset.train_split or dataset.test_split "
         f"(an empty test_split holds out a part of the training images)."
     )
 

@@ -1,6 +1,5 @@
 """Labelled images in one common form, whatever they are stored as: the entry to a party's data."""
 
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,9 +12,12 @@ from numpy.typing import NDArray
 from task.config import DatasetConfig
 from task.data.readers import read_split
 from task.data.sampling import labels_of, stratified_sample
-from task.errors import DataError
+from task.errors import ConfigError, DataError
+from task.folders import node_folder
 
 DATA_VARIABLE = "PETALWISE_DATA"
+MAX_LABEL = 100_000
+"""Highest label of classes without names; a larger one is an identifier, not a class."""
 
 
 def node_location(node_config: Mapping[str, object]) -> Path | None:
@@ -36,14 +38,7 @@ def node_location(node_config: Mapping[str, object]) -> Path | None:
     DataError
         If there is no such folder.
     """
-    folder = str(node_config.get("data") or os.environ.get(DATA_VARIABLE, ""))
-    if not folder:
-        return None
-    location = Path(folder).expanduser()
-    if not location.is_dir():
-        origin = 'the node config\'s key "data"' if node_config.get("data") else f"the environment's {DATA_VARIABLE}"
-        raise DataError(f"There is no folder {location} on this node; correct {origin}.")
-    return location
+    return node_folder(node_config, "data", DATA_VARIABLE)
 
 
 def load_split(
@@ -79,6 +74,7 @@ def load_split(
     DataError
         If the data is missing, unreadable or not what the config says.
     """
+    _check(config)
     held_out = config.source == "packaged" or not config.test_split
     split = config.train_split if role == "train" or held_out else config.test_split
     dataset = _in_common_form(read_split(config, split, location), config, split, location)
@@ -90,6 +86,14 @@ def load_split(
     if 0 < limit < len(chosen):
         chosen = chosen[stratified_sample(labels[chosen], limit, seed)]
     return dataset if len(chosen) == len(dataset) else dataset.select(chosen)
+
+
+def _check(config: DatasetConfig) -> None:
+    repeated = [name for position, name in enumerate(config.classes) if name in config.classes[:position]]
+    if repeated:
+        raise ConfigError(f"dataset.classes names {repeated[0]!r} twice; every class needs a name of its own.")
+    if config.source != "packaged" and not config.train_split:
+        raise ConfigError(f"dataset.train_split is empty; the source {config.source!r} needs the name of a split.")
 
 
 def _held_out(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
@@ -118,7 +122,18 @@ def _in_common_form(
     except (TypeError, ValueError, NotImplementedError) as error:
         kind = raw.features[config.image_column]
         raise DataError(f"The column '{config.image_column}' of '{config.name}' is {kind}, not images.") from error
+    if config.source != "folder":
+        _require_bytes(dataset, config)
     return dataset.add_column("label", codes, feature=datasets.ClassLabel(names=names))
+
+
+def _require_bytes(dataset: datasets.Dataset, config: DatasetConfig) -> None:
+    """Refuse rows that name a file instead: whoever wrote the table would choose which of this node's files to open."""
+    if any(chunk.field("bytes").null_count for chunk in dataset.data.column("image").chunks):
+        raise DataError(
+            f"'{config.name}' has rows without the bytes of an image (missing, or only a file's name), "
+            f"which the source {config.source!r} needs; embed the images, or use the source 'folder'."
+        )
 
 
 def _classes(
@@ -137,8 +152,13 @@ def _classes(
         codes = np.asarray([index[value] for value in values], dtype=np.int64)
     elif _dtype(feature).startswith(("int", "uint")):
         highest = max(set(values) | _labels_of_other_split(config, split, location))
-        names = [str(code) for code in range(highest + 1)]
-        return _numbered(np.asarray(values, dtype=np.int64), config.classes or names, config)
+        if highest > MAX_LABEL:
+            raise DataError(
+                f"'{config.name}' has the label {highest}, more than {MAX_LABEL}: the column "
+                f"'{config.label_column}' (dataset.label_column) seems to hold no classes."
+            )
+        names = config.classes or [str(code) for code in range(highest + 1)]
+        return _numbered(np.asarray(values, dtype=np.int64), names, config)
     else:
         raise DataError(f"The label column '{config.label_column}' has the type {feature}; use text or whole numbers.")
     return _renumbered(codes, names, config) if config.classes else (codes, names)

@@ -17,6 +17,7 @@ from task.messages import (
     IDENTIFY,
     METRICS,
     Instruction,
+    classes_digest,
     flat_content,
     flat_to_array,
     received_flat,
@@ -60,6 +61,7 @@ def test_says_who_it_is(grid, model):
     assert record["client"] == "1"
     assert record["base"] == model.base
     assert record["layout"] == model.layout.digest
+    assert record["classes"] == classes_digest([str(digit) for digit in range(10)])
 
 
 def test_a_nodes_own_name_wins():
@@ -80,12 +82,13 @@ def test_same_round_same_bits_and_other_round_other_bits(grid, model):
 
 def test_nothing_is_built_or_decoded_again_per_message(grid, model, monkeypatch):
     ask(grid, 1, MessageType.TRAIN, content(model))
+    misses = worker_for.cache_info().misses
     for name in ("build_model", "decode", "load_split", "make_optimizer", "partition_indices"):
         monkeypatch.setattr(f"client_app.worker.{name}", None)
     for server_round in (2, 3):
         assert not ask(grid, 1, MessageType.TRAIN, content(model, server_round)).has_error()
     assert not ask(grid, 1, MessageType.EVALUATE, content(model)).has_error()
-    assert worker_for.cache_info().currsize == 1
+    assert worker_for.cache_info().misses == misses
 
 
 def test_the_received_model_is_evaluated_along_with_training_where_asked(grid, model):
@@ -149,7 +152,7 @@ def test_an_unknown_class_is_refused_by_name(grid, tmp_path, monkeypatch):
         for i in range(4):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
     monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
-    task = task_json("dataset=image_folder 'dataset.classes=[rose,tulip]' partition=whole dataset.max_train_samples=0")
+    task = task_json("dataset=image_folder dataset.classes=[rose,tulip] partition=whole dataset.max_train_samples=0")
     query = RecordDict({CONFIG: ConfigRecord({"task": task, "layout": ""})})
     assert "weed" in ask(grid, 1, IDENTIFY, query).content[CONFIG]["error"]
 

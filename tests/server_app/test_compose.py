@@ -98,6 +98,27 @@ def test_several_overrides_are_separated_by_blanks_and_win_over_first_class_keys
     assert run.settings.seed == 4
 
 
+@pytest.mark.parametrize("text", ['["rose, wild",tulip]', "['rose, wild',tulip]", '["rose, wild", tulip]'])
+def test_a_list_of_overrides_is_taken_as_it_is(text):
+    run = compose_run({"overrides": "seed=1"}, [f"dataset.classes={text}", "seed=2"])
+    assert run.settings.dataset.classes == ["rose, wild", "tulip"]
+    assert run.settings.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ('["rose, wild",tulip]', ["rose, wild", "tulip"]),
+        ("['rose, wild','tu lip']", ["rose, wild", "tu lip"]),
+        (r'["6\" pot, red",tulip]', ['6" pot, red', "tulip"]),
+    ],
+)
+def test_quotes_in_the_overrides_reach_hydra(text, classes):
+    run = compose_run({"overrides": f"seed=1 dataset.classes={text}  lora.rank=4"})
+    assert run.settings.dataset.classes == classes
+    assert (run.settings.seed, run.settings.lora.rank) == (1, 4)
+
+
 def test_arguments_of_the_backbone_can_be_changed_and_added():
     run = compose_run({"overrides": "backbone.arguments.depth=2 +backbone.arguments.drop_path_rate=0.1"})
     assert run.settings.backbone.arguments["depth"] == 2
@@ -109,6 +130,12 @@ def test_the_yaml_is_the_whole_config():
     saved = OmegaConf.to_container(OmegaConf.create(run.yaml))
     assert saved == dataclasses.asdict(run.settings)
     assert set(saved) == {item.name for item in dataclasses.fields(RunSettings)}
+
+
+def test_the_yaml_holds_no_interpolation():
+    run = compose_run({"seed": 3, "overrides": "dataset.max_test_samples=${seed}"})
+    assert OmegaConf.create(run.yaml).dataset.max_test_samples == 3
+    assert "${" not in run.yaml
 
 
 REFUSALS = {
@@ -140,7 +167,7 @@ REFUSALS = {
     "train.lr=[1": "The override 'train.lr=[1' is not of the form key=value: ",
     "train": "The override 'train' is not of the form key=value: ",
     "--help": "The override '--help' is not of the form key=value: ",
-    "train.lr='": 'overrides="train.lr=\'" cannot be split into words: No closing quotation.',
+    "train.lr='": 'The override "train.lr=\'" is not of the form key=value: ',
     "train=null": "overrides='train=null' cannot be used: ",
     "train.lr=0.1,0.2": "Ambiguous value for argument 'train.lr=0.1,0.2' 1. To use it as a list, use key=[value1",
     "train.lr=${lr}": "train.lr: Interpolation key 'lr' not found.",

@@ -9,6 +9,7 @@ import pytest
 
 from server_app.run_folder import RunFolder
 from strategies.report import RoundReport
+from task.errors import ConfigError
 
 
 def test_a_folder_is_named_by_time_and_strategy_and_holds_the_config(tmp_path):
@@ -37,7 +38,7 @@ def test_a_relative_parent_is_below_the_working_directory(tmp_path, monkeypatch)
 
 def test_a_file_in_the_way_is_not_overwritten(tmp_path):
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(OSError, match="runs"):
+    with pytest.raises(ConfigError, match="runs_dir=.*cannot be written"):
         RunFolder(tmp_path / "runs", "fedavg", "")
     assert (tmp_path / "runs").read_text() == "a file"
 
@@ -52,3 +53,12 @@ def test_every_line_of_the_metrics_is_one_round(tmp_path):
         folder.append(report)
     lines = folder.metrics.read_text(encoding="utf-8").splitlines()
     assert [RoundReport(**json.loads(line)) for line in lines] == reports
+
+
+def test_numbers_that_json_does_not_have_become_null(tmp_path):
+    folder = RunFolder(tmp_path, "fedavg", "")
+    folder.append(RoundReport(1, central={"accuracy": 0.5, "loss": float("nan")}, train_loss=float("inf")))
+    (line,) = folder.metrics.read_text().splitlines()
+    report = json.loads(line, parse_constant=pytest.fail)
+    assert report["central"] == {"accuracy": 0.5, "loss": None}
+    assert report["train_loss"] is None

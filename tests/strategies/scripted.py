@@ -14,6 +14,7 @@ from task.units import Layout, make_layout
 from tools.debug import InProcessGrid
 
 BASE = "ab" * 32
+CLASSES = "12" * 32
 LAYOUT = make_layout(
     {
         "blocks.0.attn.qkv.lora_A.weight": (2, 4),
@@ -34,6 +35,8 @@ class Script:
     num_examples: Callable[[str], int] = lambda name: 10 * (int(name) + 1)
     edit: Callable[[str, int, RecordDict], RecordDict] = lambda name, server_round, content: content
     base: Callable[[str], str] = lambda name: BASE
+    classes: Callable[[str], str] = lambda name: CLASSES
+    silent: Callable[[str], bool] = lambda name: False
     layout: Layout = LAYOUT
     heard: list[tuple[str, Instruction, np.ndarray]] = field(default_factory=list)
 
@@ -45,7 +48,10 @@ def scripted_app(script: Script) -> ClientApp:
     @app.query("identify")
     def identify(message: Message, context: Context) -> Message:
         name = str(context.node_config["name"])
-        record = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
+        if script.silent(name):
+            raise RuntimeError("starting up")
+        held = {"base": script.base(name), "layout": script.layout.digest, "classes": script.classes(name)}
+        record = ConfigRecord({"client": name, **held})
         return Message(RecordDict({CONFIG: record}), reply_to=message)
 
     @app.train()
@@ -56,6 +62,9 @@ def scripted_app(script: Script) -> ClientApp:
         script.heard.append((name, instruction, received.copy()))
         values = script.values(name, instruction.server_round, received).astype(np.float32)
         metrics = MetricRecord({"num-examples": script.num_examples(name), "train-loss": 1.0, "seconds": 0.0})
+        if instruction.evaluate == "received":
+            accuracy = float(received[0] + 1) / 10
+            metrics.update({"test-num-examples": 5, "test-accuracy": accuracy, "test-loss": 1.0})
         config = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
         content = RecordDict({ARRAYS: ArrayRecord({FLAT: flat_to_array(values)}), METRICS: metrics, CONFIG: config})
         return Message(script.edit(name, instruction.server_round, content), reply_to=message)
@@ -90,7 +99,7 @@ class ShufflingGrid(InProcessGrid):
 def make_strategy(name: str, seed: int = 0, **options: object) -> LayerwiseStrategy:
     """Make a registered strategy for the scripted clients."""
     kind = STRATEGIES[name]
-    return kind(kind.Config(name=name, **options), TaskContext("{}", LAYOUT, BASE, seed))
+    return kind(kind.Config(name=name, **options), TaskContext("{}", LAYOUT, BASE, CLASSES, seed))
 
 
 def initial_arrays() -> ArrayRecord:

@@ -8,7 +8,9 @@ from flwr.clientapp import ClientApp
 from strategies import FedAvg, FedAvgConfig
 from task.errors import MessageError, TooFewClientsError
 from task.messages import ARRAYS, CONFIG, FLAT, METRICS, content_bytes, flat_to_array
+from task.units import make_layout
 from tests.strategies.scripted import (
+    CLASSES,
     LAYOUT,
     Script,
     ShufflingGrid,
@@ -118,9 +120,8 @@ def test_a_client_with_another_base_model_is_refused_by_name():
     strategy = make_strategy("fedavg")
     _, reports = start(Script(base=lambda name: "cd" * 32 if name == "2" else "ab" * 32), strategy=strategy)
     assert reports[1].clients_used == ["0", "1", "3"]
-    (reason,) = strategy.directory.refused.values()
-    assert "client '2'" in reason
-    assert "same backbone" in reason
+    assert list(reports[1].clients_refused) == ["2"]
+    assert "same backbone" in reports[1].clients_refused["2"]
 
 
 def test_a_base_model_that_changes_after_the_start_is_dropped():
@@ -133,7 +134,7 @@ def test_two_nodes_of_the_same_name_are_told_apart():
     strategy = make_strategy("fedavg")
     _, reports = start(clients=["0", "1", "1"], strategy=strategy)
     assert reports[1].clients_used == ["0", "1"]
-    assert "already has the name '1'" in next(iter(strategy.directory.refused.values()))
+    assert "has the name '1' already" in reports[1].clients_refused["1"]
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "line\nbreak"])
@@ -152,8 +153,59 @@ def test_a_loss_that_is_no_number_is_left_out_of_the_mean():
 
 
 def test_too_few_clients_stop_the_run_at_once():
-    with pytest.raises(TooFewClientsError, match=r"1 client\(s\) can take part, strategy.min_clients=3"):
-        start(Script(base=lambda name: "ab" * 32 if name == "0" else "cd" * 32), min_clients=3)
+    script = Script(base=lambda name: "ab" * 32 if name == "0" else "cd" * 32)
+    with pytest.raises(
+        TooFewClientsError, match=r"1 client\(s\) can take part, 3 are needed.*3 clients \(1, 2, 3\): its"
+    ):
+        start(script, min_clients=3, wait_for_clients=0.1)
+
+
+def test_all_clients_refused_stop_the_run_without_waiting():
+    with pytest.raises(TooFewClientsError, match=r"4 clients \(0, 1, 2, 3\): its class names"):
+        start(Script(classes=lambda name: "34" * 32))
+
+
+def test_a_client_with_other_classes_or_another_layout_is_refused():
+    _, reports = start(Script(classes=lambda name: "34" * 32 if name == "1" else CLASSES))
+    assert "dataset.classes" in reports[1].clients_refused["1"]
+    other = make_layout({"head.weight": (2, 4), "head.bias": (2,)})
+    with pytest.raises(TooFewClientsError, match="another layout"):
+        start(Script(layout=other))
+
+
+def test_a_client_that_is_slow_to_start_is_asked_again():
+    asked = []
+
+    def silent(name):
+        asked.append(name)
+        return name == "2" and asked.count("2") < 3
+
+    _, reports = start(Script(silent=silent), rounds=3)
+    assert [report.clients_used for report in reports[1:]] == [["0", "1", "3"], NAMES, NAMES]
+    assert asked.count("0") == 1
+
+
+def test_a_client_that_never_says_who_it_is_is_refused_in_the_end():
+    _, reports = start(Script(silent=lambda name: name == "2"), rounds=4)
+    assert reports[1].clients_refused == {}
+    assert "did not say who it is" in next(iter(reports[-1].clients_refused.values()))
+    assert reports[-1].clients_used == ["0", "1", "3"]
+
+
+class ChattyGrid(ShufflingGrid):
+    """Every reply to a train message comes twice."""
+
+    def pull_messages(self, message_ids):
+        return [copy for reply in super().pull_messages(message_ids) for copy in [reply, reply]]
+
+
+def test_a_second_reply_does_not_count():
+    reports = []
+    grid = ChattyGrid(scripted_app(Script()), NAMES)
+    result = make_strategy("fedavg").start(grid, initial_arrays(), num_rounds=1, on_round=reports.append)
+    expected, _ = start()
+    np.testing.assert_array_equal(final_flat(result.arrays), final_flat(expected.arrays))
+    assert reports[1].clients_used == NAMES
 
 
 class SlowGrid(ShufflingGrid):
@@ -180,9 +232,8 @@ def test_bytes_are_those_of_the_messages():
         def send_and_receive(self, messages, *, timeout=None):
             messages = list(messages)
             replies = list(super().send_and_receive(messages, timeout=timeout))
-            if messages[0].metadata.message_type != "query.identify":
-                self.down += sum(content_bytes(m.content) for m in messages)
-                self.up += sum(content_bytes(r.content) for r in replies)
+            self.down += sum(content_bytes(m.content) for m in messages)
+            self.up += sum(content_bytes(r.content) for r in replies)
             return replies
 
     grid, reports = CountingGrid(scripted_app(Script()), NAMES), []
@@ -190,6 +241,9 @@ def test_bytes_are_those_of_the_messages():
     assert sum(report.bytes_down for report in reports) == grid.down
     assert sum(report.bytes_up for report in reports) == grid.up
     assert reports[1].bytes_down > 2 * len(NAMES) * 4 * LAYOUT.size
+    assert sum(reports[1].bytes_down_by_unit.values()) == 2 * len(NAMES) * 4 * LAYOUT.size
+    assert sum(reports[1].bytes_up_by_unit.values()) == len(NAMES) * 4 * LAYOUT.size
+    assert tuple(reports[1].bytes_up_by_unit) == LAYOUT.units
 
 
 def test_the_shared_array_is_serialised_once():
@@ -222,6 +276,21 @@ def test_clients_evaluate_as_configured(mode, rounds_evaluated):
     if mode == "phase":
         assert reports[1].clients_accuracy == {"0": 0.01, "1": 0.02, "2": 0.03, "3": 0.04}
         assert reports[1].clients_accuracy_mean == pytest.approx(0.025)
+
+
+def test_evaluation_that_comes_with_training_is_of_the_received_model():
+    _, reports = start(rounds=3, evaluate_clients="train")
+    assert [report.clients_evaluated_round for report in reports] == [None, 0, 1, 3]
+    assert reports[1].clients_accuracy == dict.fromkeys(NAMES, 0.0)
+    assert reports[2].clients_accuracy_mean == pytest.approx(0.3)
+
+
+def test_a_bad_evaluation_that_comes_with_training_is_named_and_the_update_counts():
+    script = spoil("1", set_metric("test-accuracy", float("nan")))
+    _, reports = start(script, evaluate_clients="train", rounds=2)
+    assert reports[1].clients_used == NAMES
+    assert reports[1].clients_dropped["1"].startswith("evaluation: ")
+    assert list(reports[1].clients_accuracy) == ["0", "2", "3"]
 
 
 def test_evaluation_can_come_every_n_rounds_and_after_the_last():
@@ -266,12 +335,13 @@ def test_works_in_a_flower_app_of_another_make():
     result = FedAvg().start(InProcessGrid(ordinary_app(), [{}, {}]), arrays, num_rounds=2)
     np.testing.assert_allclose(result.arrays["w"].numpy(), np.full((2, 3), 2.0), rtol=1e-6)
     np.testing.assert_allclose(result.arrays["b"].numpy(), np.full(3, 3.0), rtol=1e-6)
+    assert list(result.arrays) == ["w", "b"]
     assert result.evaluate_metrics_clientapp[2]["accuracy"] == 0.5
 
 
 def test_arrays_that_are_not_float32_are_refused_at_the_start():
     arrays = ArrayRecord({"steps": Array(np.zeros(3, np.int64))})
-    with pytest.raises(MessageError, match="'steps' is int64"):
+    with pytest.raises(MessageError, match="'steps': .* int64"):
         FedAvg().start(InProcessGrid(ordinary_app(), [{}, {}]), arrays)
 
 

@@ -8,9 +8,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from task.backbone import PACKAGED_FOLDER, backbone_folder, base_hash, build_backbone, head_name
+from task.backbone import PACKAGED_FOLDER, backbone_folder, base_hash, build_backbone, head_name, resolved
 from task.config import BackboneConfig, TaskConfig, typed
-from task.errors import ModelError
+from task.errors import DataError, ModelError
 from task.libraries import timm
 from task.model import build_model
 from task.packaged_weights import read_packaged_weights
@@ -114,16 +114,87 @@ def test_only_bare_file_names_are_read(checkpoint, tmp_path, name):
 
 @pytest.mark.parametrize("folder", [None, Path("/nowhere"), Path("..")])
 def test_a_missing_file_is_told_with_where_to_put_it(checkpoint, folder):
-    with pytest.raises(ModelError, match=r"'tiny.safetensors' is not in.*backbones=.*PETALWISE_BACKBONES"):
+    with pytest.raises(ModelError, match=r"'tiny.safetensors' is not in.*backbones=.*PETALWISE_BACKBONES") as caught:
         build_backbone(checkpoint[0], NUM_CLASSES, folder)
+    assert "/nowhere" not in str(caught.value)
 
 
-def test_the_node_config_wins_over_the_environment(monkeypatch):
+def test_a_checkpoint_that_cannot_be_opened_is_told_without_its_folder(checkpoint, tmp_path, monkeypatch):
+    def deny(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("task.backbone.load_file", deny)
+    with pytest.raises(ModelError, match="Permission denied: 'tiny.safetensors'") as caught:
+        build_backbone(checkpoint[0], NUM_CLASSES, tmp_path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_reasons_of_timm_are_told_without_folders(tiny_task, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no cache in /home/someone/.cache/huggingface")
+
+    monkeypatch.setattr("task.backbone.timm.create_model", fail)
+    with pytest.raises(ModelError, match="no cache in huggingface"):
+        build_backbone(tiny_task.backbone, NUM_CLASSES)
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(18, "16 or 20"), (30, "28 or 32")])
+def test_an_image_size_that_cuts_patches_is_refused_with_the_nearest(tiny_task, size, nearest):
+    with pytest.raises(ModelError, match=rf"image_size={size} is no multiple of the patch size 4 .*; take {nearest}\."):
+        build_backbone(replace(tiny_task.backbone, image_size=size), NUM_CLASSES)
+
+
+def test_a_model_with_batch_normalisation_is_refused_by_name():
+    with pytest.raises(ModelError, match="'xcit_nano_12_p16_224' has batch normalisation"):
+        build_backbone(BackboneConfig(name="xcit_nano_12_p16_224", source="random", image_size=224), NUM_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"embed_dim": 16_384, "num_heads": 2}, "parameters, more than 2000000000"),
+        ({"depth": 1_000_000_000}, "backbone.arguments: depth=1000000000 is more than 16384"),
+        ({"depths": [2, 20_000]}, r"depths=\[2, 20000\] is more than"),
+    ],
+)
+def test_a_server_cannot_make_a_client_build_a_model_beyond_all_memory(arguments, message):
+    with pytest.raises(ModelError, match=message):
+        build_backbone(BackboneConfig(source="random", image_size=32, arguments=arguments), NUM_CLASSES)
+
+
+def test_any_timm_model_is_used_as_it_was_pretrained():
+    config = replace(from_conf("timm"), name="vit_small_patch14_dinov2.lvd142m")
+    assert replace(config, image_size=518, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]) == resolved(config)
+    assert resolved(replace(config, image_size=56, std=[1.0, 1.0, 1.0])).image_size == 56
+    assert resolved(replace(config, std=[1.0, 1.0, 1.0])).std == [1.0, 1.0, 1.0]
+    with pytest.raises(ModelError, match="backbone.name is empty; give"):
+        resolved(from_conf("timm"))
+
+
+def test_a_backbone_is_built_at_its_pretrained_size_where_none_is_given(tiny_task):
+    model = build_backbone(replace(tiny_task.backbone, image_size=0), NUM_CLASSES)
+    assert model.patch_embed.img_size == (224, 224)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "conf" / "backbone").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_file_gives_what_its_model_was_pretrained_with(path):
+    config = from_conf(path.stem)
+    if config.source == "hub" and config.name:
+        pretrained = resolved(replace(config, mean=[], std=[]))
+        assert (config.mean, config.std) == (pretrained.mean, pretrained.std)
+
+
+def test_the_node_config_wins_over_the_environment(tmp_path, monkeypatch):
+    of_environment, of_node = (tmp_path / name for name in ("environment", "node"))
+    of_environment.mkdir()
+    of_node.mkdir()
     assert backbone_folder({}) is None
-    monkeypatch.setenv("PETALWISE_BACKBONES", "/of/the/environment")
-    assert backbone_folder({}) == Path("/of/the/environment")
-    assert backbone_folder({"backbones": "/of/the/node"}) == Path("/of/the/node")
-    assert backbone_folder({"backbones": ""}) == Path("/of/the/environment")
+    monkeypatch.setenv("PETALWISE_BACKBONES", str(of_environment))
+    assert backbone_folder({}) == of_environment
+    assert backbone_folder({"backbones": str(of_node)}) == of_node
+    assert backbone_folder({"backbones": ""}) == of_environment
+    with pytest.raises(DataError, match="no folder 'gone' .* key \"backbones\""):
+        backbone_folder({"backbones": str(tmp_path / "gone")})
 
 
 def test_an_unknown_model_is_told_with_similar_ones(tiny_task):
@@ -131,7 +202,7 @@ def test_an_unknown_model_is_told_with_similar_ones(tiny_task):
         build_backbone(replace(tiny_task.backbone, name="vit_tinny_patch16_224"), NUM_CLASSES)
 
 
-@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", ""])
+@pytest.mark.parametrize("name", ["hf-hub:someone/model", "local-dir:/tmp", "/tmp"])
 def test_only_models_of_timm_itself_are_built(tiny_task, name):
     with pytest.raises(ModelError, match="is no timm model"):
         build_backbone(replace(tiny_task.backbone, name=name), NUM_CLASSES)

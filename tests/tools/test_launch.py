@@ -115,7 +115,8 @@ def processes_that_see(data: Path) -> list[Path]:
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_completed_run_exits_0_and_shows_its_log(app: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main([str(app), "--clients", "2", "--data", str(tmp_path), "--runs-dir", str(tmp_path / "runs")])
+    where = ["--data", str(tmp_path), "--runs-dir", str(tmp_path / "runs")]
+    code = main([str(app), "--clients", "2", *where, "--timeout", str(PATIENCE)])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0
     assert lines.count(f"mode query, runs in {tmp_path / 'runs'}") == 1
@@ -138,7 +139,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulationSuper
 
 def run_on(link: SimulationSuperLink, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
     def run_app_there(app: Path, *, data: None, backbones: None, keep: bool, **options: Any) -> RunOutcome:
-        return link.run(app, **options)
+        return link.run(app, **{**options, "timeout": options["timeout"] or PATIENCE})
 
     monkeypatch.setattr("tools.launch.run_app", run_app_there)
     return main(arguments)

@@ -1,5 +1,6 @@
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -8,6 +9,7 @@ import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Sequence, Value
 from omegaconf import OmegaConf
+from PIL import Image
 
 from task.config import DatasetConfig, PartitionConfig, typed
 from task.data.sampling import labels_of
@@ -323,6 +325,54 @@ def test_node_location(tmp_path, monkeypatch):
     monkeypatch.setenv("PETALWISE_DATA", str(tmp_path / "lost"))
     with pytest.raises(DataError, match=r"no folder .*lost.*PETALWISE_DATA"):
         node_location({})
+
+
+@pytest.mark.parametrize("source", ["parquet", "hub"])
+@pytest.mark.parametrize("whole", [True, False], ids=["all", "some"])
+def test_a_table_cannot_name_files_of_this_node(tmp_path, monkeypatch, source, whole):
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    other = {"bytes": None if whole else secret.read_bytes(), "path": str(secret)}
+    rows = datasets.Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "label": Value("int64")})
+    columns = {"image": [other, {"bytes": None, "path": str(secret)}], "label": [0, 1]}
+    stored = datasets.Dataset.from_dict(columns, features=rows)
+    stored.to_parquet(str(tmp_path / "train.parquet"))
+    monkeypatch.setattr("task.data.readers._read_hub", lambda config, split: stored)
+    with pytest.raises(DataError, match="rows without the bytes of an image") as caught:
+        load_split(DatasetConfig(name="mine", source=source, path="a/b", test_split=""), "train", tmp_path, 0)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_label_that_is_no_class_builds_no_names(tmp_path, write_parquet):
+    write_parquet(tmp_path / "train.parquet", [0, 10**9], Value("int64"))
+    for classes in ([], ["a", "b"]):
+        with pytest.raises(DataError, match=rf"label {10**9}, more than 100000: the column 'label'"):
+            load_split(parquet(test_split="", classes=classes), "train", tmp_path, 0)
+
+
+@pytest.mark.parametrize("source", ["packaged", "hub", "parquet", "folder"])
+def test_classes_named_twice_and_empty_training_splits_are_refused(tmp_path, source):
+    config = DatasetConfig(source=source, path="a/b")
+    with pytest.raises(ConfigError, match="dataset.classes names 'a' twice"):
+        load_split(replace(config, classes=["a", "b", "a"]), "test", tmp_path, 0)
+    if source != "packaged":
+        with pytest.raises(ConfigError, match=f"dataset.train_split is empty; the source '{source}'"):
+            load_split(replace(config, train_split=""), "test", tmp_path, 0)
+
+
+@pytest.mark.parametrize("config", [parquet(), DatasetConfig(source="folder")], ids=["parquet", "folder"])
+def test_errors_never_tell_where_the_data_lies(tmp_path, write_images, config):
+    messages = []
+    for prepare in (
+        lambda: None,
+        lambda: (tmp_path / "train.parquet").write_bytes(b"PAR1 this is not parquet"),
+        lambda: write_images(tmp_path / "test" / "cat", 1),
+    ):
+        prepare()
+        with pytest.raises(DataError) as caught:
+            load_split(config, "train", tmp_path, 0)
+        messages.append(str(caught.value))
+    assert not any(str(tmp_path.parent) in message for message in messages)
 
 
 @pytest.mark.data

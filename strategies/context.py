@@ -1,0 +1,21 @@
+"""What a strategy knows of the task."""
+
+from dataclasses import dataclass
+
+from task.units import Layout
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """The task as the server sees it; all of it optional in a Flower app of another make."""
+
+    task: str = ""
+    """The task config as JSON, sent to clients."""
+    layout: Layout | None = None
+    """Index of the flat array; without it the initial arrays' names and shapes are the index."""
+    base: str = ""
+    """Hash of the frozen weights that every client must have; empty: nothing is compared."""
+    classes: str = ""
+    """Digest of the class names that every client must have, in their order."""
+    seed: int = 0
+    """Seed of the cohorts."""
