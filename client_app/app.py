@@ -1,14 +1,16 @@
-"""The Flower ClientApp: says who it is, trains, evaluates."""
+"""The Flower ClientApp: says who it is, trains, evaluates, measures."""
 
 import time
 from collections.abc import Callable
 from functools import wraps
 
+import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
 from client_app.training import train
 from client_app.worker import Node, Worker, worker_for, worker_name
 from task.data.batches import train_batches
@@ -19,6 +21,7 @@ from task.messages import (
     CONFIG,
     FLAT,
     METRICS,
+    SIGNALS,
     Instruction,
     classes_digest,
     flat_to_array,
@@ -86,10 +89,32 @@ def train_round(message: Message, context: Context) -> Message:
         normaliser=worker.normaliser,
         generator=generator_for(task.seed, "batches", *purpose),
     )
-    outcome = train(worker.model, worker.optimizer, batches, instruction.proximal_mu)
+    since = last_epoch_start(len(data.train), task.train)
+    with Recorder(instruction.signals, worker.model, worker.optimizer, since) as recorder:
+        outcome = train(worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder)
+    arrays = {ARRAYS: worker.model.read()}
+    if instruction.signals.anything:
+        generator = generator_for(task.seed, "signals", *purpose)
+        arrays[SIGNALS] = recorder.signals(data.train, worker.normaliser, generator)
+        metrics["refused-steps"] = recorder.refused_steps
     metrics |= {"num-examples": len(data.train), "train-loss": outcome.loss, "steps": outcome.steps}
     metrics["seconds"] = time.perf_counter() - began
-    return _reply(message, node, worker, metrics, {FLAT: flat_to_array(worker.model.read())})
+    return _reply(message, node, worker, metrics, arrays)
+
+
+@app.query("measure")
+@explained_to_server
+def measure(message: Message, context: Context) -> Message:
+    """Measure the class signals of the received model on this client's training images, without training."""
+    began = time.perf_counter()
+    node, worker, instruction = _prepare(message, context)
+    request, data = instruction.signals, worker.client_data(node).train
+    if not request.without_training:
+        raise MessageError("Without training only class signals, taken=after, can be measured.")
+    found = class_signals(request, worker.model, data, worker.normaliser)
+    signals = packed(found, request, worker.model)
+    metrics = {"num-examples": len(data), "seconds": time.perf_counter() - began}
+    return _reply(message, node, worker, metrics, {SIGNALS: signals})
 
 
 @app.evaluate()
@@ -124,7 +149,7 @@ def _reply(
     node: Node,
     worker: Worker,
     metrics: dict[str, int | float],
-    arrays: dict[str, Array] | None = None,
+    arrays: dict[str, np.ndarray] | None = None,
 ) -> Message:
     config = {
         "client": node.name,
@@ -133,6 +158,6 @@ def _reply(
         "worker": worker_name(),
     }
     content = RecordDict({CONFIG: ConfigRecord(dict(config)), METRICS: MetricRecord(dict(metrics))})
-    if arrays:
-        content[ARRAYS] = ArrayRecord(arrays)
+    for name, values in (arrays or {}).items():
+        content[name] = ArrayRecord({FLAT: flat_to_array(values)})
     return Message(content, reply_to=message)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from client_app.measuring import Recorder
 from task.config import TrainConfig
 from task.errors import ModelError
 from task.model import AdaptedModel
@@ -36,6 +37,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     proximal_mu: float = 0.0,
+    recorder: Recorder | None = None,
 ) -> TrainOutcome:
     """Train adapter and head in place, starting with a fresh optimizer state.
 
@@ -49,6 +51,8 @@ def train(
         Normalised images [b, 3, h, w] and labels [b], on the model's device.
     proximal_mu : float
         Weight of mu/2 ||w - w_received||^2 (FedProx); 0 leaves it out.
+    recorder : Recorder, optional
+        Sees every batch.
 
     Returns
     -------
@@ -68,10 +72,15 @@ def train(
     total, seen, steps = 0.0, 0, 0
     for images, labels in batches:
         gradient.zero_()
-        loss = F.cross_entropy(model(images), labels)
+        if recorder is not None:
+            recorder.before_step(steps)
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
         value = loss.item()
         if not math.isfinite(value):
             raise ModelError(f"The loss is {value} at local step {steps + 1}; lower train.lr.")
+        if recorder is not None:
+            recorder.after_forward(steps, logits, labels)
         torch.autograd.backward(loss)
         if received is not None:
             gradient.add_(flat.detach() - received, alpha=proximal_mu)

@@ -12,7 +12,7 @@ from server_app.compose import ComposedRun, compose_run
 from server_app.progress import Progress
 from server_app.run_folder import RunFolder
 from server_app.saving import save_adapter
-from strategies import STRATEGIES, LayerwiseStrategy, TaskContext
+from strategies import STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
 from task.backbone import backbone_folder, resolved
 from task.config import TaskConfig, task_to_json
@@ -80,8 +80,10 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
 
 def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str]) -> LayerwiseStrategy:
     settings = run.settings
-    context = TaskContext(task_to_json(settings), model.layout, model.base, classes_digest(names), settings.seed)
-    return STRATEGIES[run.strategy.name](run.strategy, context)
+    task, classes = task_to_json(settings), classes_digest(names)
+    context = TaskContext(task, model.layout, model.base, classes, settings.seed, settings.lora.merge)
+    calibration = Calibration(settings.calibration) if settings.calibration.name == "ccvr" else None
+    return STRATEGIES[run.strategy.name](run.strategy, context, calibration, keep_updates=settings.record_updates)
 
 
 def _run_rounds(
@@ -99,6 +101,8 @@ def _run_rounds(
     def note(report: RoundReport) -> None:
         reports.append(report)
         folder.append(report)
+        if run.settings.record_updates and report.merged:
+            folder.record(report.server_round, strategy.received, strategy.updates)
         log(INFO, "%s", progress.line(report))
 
     strategy.start(

@@ -1,7 +1,9 @@
 """Evaluation of the global model on the server's own test images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
+import torch
 from flwr.app import ArrayRecord, MetricRecord
 
 from task.config import TaskConfig
@@ -10,6 +12,7 @@ from task.data.images import ImageSet
 from task.evaluation import evaluate
 from task.messages import FLAT, array_to_flat
 from task.model import AdaptedModel
+from task.units import lora_layers
 
 
 def central_evaluation(
@@ -29,14 +32,37 @@ def central_evaluation(
     Returns
     -------
     callable
-        Maps (server round, arrays) to accuracy in [0, 1] and mean loss.
+        Maps (server round, arrays) to accuracy in [0, 1] and mean loss. With arrays ``<layer>.A`` and
+        ``<layer>.B`` beside the flat one, their products stand in for the adapter's.
     """
     normaliser = Normaliser.of(task.backbone.mean, task.backbone.std, model.device)
     images = test.to(model.device)
 
     def evaluate_round(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load(array_to_flat(arrays[FLAT], model.layout.size))
-        score = evaluate(model, images, normaliser)
+        with _products(model, arrays) if len(arrays) > 1 else nullcontext():
+            score = evaluate(model, images, normaliser)
         return MetricRecord({"accuracy": score.accuracy, "loss": score.loss, "num-examples": score.num_examples})
 
     return evaluate_round
+
+
+@contextmanager
+def _products(model: AdaptedModel, arrays: ArrayRecord) -> Iterator[None]:
+    """Put sum_m w_m B_m A_m into the frozen weights, in place of the adapter's product, and take it out again."""
+    kept: dict[str, torch.Tensor] = {}
+    views = model.layout.views(model.flat.detach())
+    for layer in lora_layers(model.layout):
+        module = model.submodule(layer.name)
+        weight = module.base_layer.weight.data
+        b = torch.from_numpy(arrays[f"{layer.name}.B"].numpy()).to(weight.device)
+        a = module.lora_A["default"].weight.data if layer.a is None else None
+        a = torch.from_numpy(arrays[f"{layer.name}.A"].numpy()).to(weight.device) if a is None else a
+        kept[layer.name] = weight.clone()
+        weight.addmm_(b, a, alpha=module.scaling["default"])
+        views[layer.b.name].zero_()
+    try:
+        yield
+    finally:
+        for name, weight in kept.items():
+            model.submodule(name).base_layer.weight.data.copy_(weight)

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from strategies import STRATEGIES, StrategyConfig
+from strategies import STRATEGIES, CalibrationConfig, StrategyConfig
 from task.config import TaskConfig, bounded, explained, first_line, typed
 from task.errors import ConfigError, did_you_mean
 
@@ -33,6 +33,10 @@ class RunSettings(TaskConfig):
     """Seconds to wait for the replies of a phase; later ones are not used."""
     runs_dir: str = "runs"
     """Folder for run folders; relative to the working directory of the server's process."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Recalibration of the head, carried by any strategy."""
+    record_updates: bool = False
+    """Keep every client's update and signals of every round in the run folder, for ``make explain``."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,14 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from strategies.replies import Update
 from strategies.report import RoundReport
 from task.errors import ConfigError
 
@@ -41,6 +46,27 @@ class RunFolder:
         """Add a round to ``metrics.jsonl``."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(report.to_dict()), allow_nan=False) + "\n")
+
+    def record(self, server_round: int, received: torch.Tensor, updates: Sequence[Update]) -> None:
+        """Keep a round's updates and signals as ``updates/round-<n>.safetensors``.
+
+        Parameters
+        ----------
+        server_round : int
+            Server round.
+        received : Tensor, float32, [n]
+            The model that clients started from, kept under ``received``.
+        updates : Sequence[Update]
+            Of the clients used: ``updates`` [clients, n], ``num-examples`` [clients], and every signal [clients, ...]
+            under its name; the clients' names are in the file's metadata.
+        """
+        tensors = {"received": received, "updates": torch.stack([update.flat for update in updates])}
+        tensors["num-examples"] = torch.tensor([update.num_examples for update in updates])
+        tensors |= {name: torch.stack([u.signals[name] for u in updates]) for name in updates[0].signals}
+        folder = self.path / "updates"
+        folder.mkdir(exist_ok=True)
+        metadata = {"clients": json.dumps([update.client for update in updates])}
+        save_file(tensors, folder / f"round-{server_round:04d}.safetensors", metadata)
 
 
 def _new_folder(parent: Path, name: str) -> Path:

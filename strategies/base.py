@@ -3,7 +3,7 @@
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR, INFO, WARNING
 from typing import Any, ClassVar
 
@@ -14,23 +14,28 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
+from strategies.ccvr import Calibration
 from strategies.codec import Codec
 from strategies.cohort import ClientDirectory, draw_cohort, grouped
 from strategies.context import TaskContext
 from strategies.loop import EvaluateFn, OnRound, RoundLoop
+from strategies.merging import merge_adapter, merge_products
 from strategies.replies import (
     Collected,
     Evaluation,
     Update,
     check_all,
     check_evaluation,
+    check_moments,
     check_update,
     mean_metric,
     replies_by_client,
 )
 from strategies.report import RoundReport
 from task.config import bounded
-from task.messages import ARRAYS, CONFIG, Instruction
+from task.messages import ARRAYS, CONFIG, MEASURE, Instruction
+from task.seeding import generator_for
+from task.signals import NOTHING, SignalRequest, signal_layout
 
 
 @dataclass
@@ -65,13 +70,27 @@ class LayerwiseStrategy(Strategy):
         Options; default those of :attr:`Config`.
     context : TaskContext, optional
         The task; without it the strategy works with any Flower app that exchanges float32 arrays.
+    calibration : Calibration, optional
+        Recalibrates the head after the rounds in which it is due.
+    keep_updates : bool
+        Hold the last round's updates, and the model they started from, in :attr:`updates` and :attr:`received`.
     """
 
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
 
-    def __init__(self, config: StrategyConfig | None = None, context: TaskContext | None = None) -> None:
+    def __init__(
+        self,
+        config: StrategyConfig | None = None,
+        context: TaskContext | None = None,
+        calibration: Calibration | None = None,
+        keep_updates: bool = False,
+    ) -> None:
         self.config = self.Config() if config is None else config
         self.context = TaskContext() if context is None else context
+        self.calibration = calibration
+        self.keep_updates = keep_updates
+        self.updates: list[Update] = []
+        self.received = torch.empty(0)
         self.directory = ClientDirectory()
         self.flat = torch.empty(0)
         self.server_round = 0
@@ -91,8 +110,39 @@ class LayerwiseStrategy(Strategy):
         """Say what clients shall do in a round."""
         evaluate = self.config.evaluate_clients == "train" and self.evaluates_after(server_round - 1)
         return Instruction(
-            server_round, self.context.task, self.codec.layout.digest, evaluate="received" if evaluate else "none"
+            server_round,
+            self.context.task,
+            self.codec.layout.digest,
+            evaluate="received" if evaluate else "none",
+            signals=self.asked_signals,
         )
+
+    def request(self) -> SignalRequest:
+        """Say what clients shall measure along with training; nothing by default."""
+        return NOTHING
+
+    @property
+    def asked_signals(self) -> SignalRequest:
+        """What clients are asked to measure: what the strategy wants, and for recording all that is explained."""
+        request = self.request()
+        if not self.keep_updates:
+            return request
+        return replace(request, class_variance=True, update_scores=True, update_norms=True)
+
+    def check(self, update: Update) -> None:
+        """Refuse an update that :meth:`merge` could not use, by a MessageError; all are fine by default."""
+
+    def evaluation_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Choose what the server evaluates; the global model by default."""
+        return arrays
+
+    def merge_adapters(self, merged: torch.Tensor, vectors: Sequence[torch.Tensor], weights: torch.Tensor) -> None:
+        """Overwrite the adapter in ``merged`` by the clients', weighted [clients, layers], as ``lora.merge`` says."""
+        if self.context.lora_merge == "factors":
+            merge_adapter(merged, vectors, weights, self.codec.layout)
+        else:
+            residual = merge_products(merged, vectors, weights, self.codec.layout)
+            self.report.details["product_residual"] = [round(value, 6) for value in residual.tolist()]
 
     def content_for(self, client: str, shared: ArrayRecord) -> ArrayRecord:
         """Choose the arrays that a client is sent; the global model, serialised once for all, by default."""
@@ -149,6 +199,8 @@ class LayerwiseStrategy(Strategy):
             self._note_failed_round(server_round, len(updates))
             return None, None
         merged = self.merge(server_round, updates)
+        if self.keep_updates:
+            self.updates, self.received = updates, self.flat
         self.flat, self.failed_rounds, self.merged_rounds = merged, 0, self.merged_rounds + 1
         report.merged, report.clients_used = True, [update.client for update in updates]
         report.train_loss = mean_metric(updates, "train-loss")
@@ -175,6 +227,29 @@ class LayerwiseStrategy(Strategy):
         evaluations = check_all(answered, failed, check_evaluation)
         self._note_dropped("evaluation: ", evaluations.dropped)
         return self._note_evaluations(evaluations.good, server_round)
+
+    def configure_calibration(self, server_round: int, arrays: ArrayRecord) -> list[Message]:
+        """Make the messages that ask every client to measure the merged model, in rounds where calibration is due."""
+        if self.calibration is None or not self.calibration.due(server_round, self.num_rounds):
+            return []
+        instruction = replace(self.instruction(server_round), evaluate="none", signals=self.calibration.request)
+        clients = self.directory.identities
+        return self._messages(MEASURE, clients, server_round, arrays, ConfigRecord(), instruction)
+
+    def aggregate_calibration(self, server_round: int, replies: Iterable[Message]) -> ArrayRecord | None:
+        """Check the measurements and recalibrate the head; None leaves the model as it was."""
+        assert self.calibration is not None
+        answered, failed = replies_by_client(replies, self.directory, self.asked)
+        request = self.calibration.request
+        measured = check_all(answered, failed, lambda reply, _: check_moments(reply, self.codec, request))
+        self._note_dropped("calibration: ", measured.dropped)
+        if len(measured.good) < self.config.min_clients:
+            found, needed = len(measured.good), self.config.min_clients
+            log(ERROR, "Round %d: %d of the %d measurements needed: no calibration.", server_round, found, needed)
+            return None
+        generator = generator_for(self.context.seed, "calibration", server_round)
+        self.flat = self.calibration.calibrated(self.flat, self.codec.layout, measured.good, generator)
+        return self.codec.encode(self.flat)
 
     def start(
         self,
@@ -219,6 +294,7 @@ class LayerwiseStrategy(Strategy):
         """
         self.codec = Codec(initial_arrays, self.context.layout)
         self.flat = self.codec.decode(initial_arrays).clone()
+        signal_layout(self.asked_signals, self.codec.layout)  # refuses a model that has not what the signals are of
         self.num_rounds = num_rounds
         self.failed_rounds = self.merged_rounds = 0
         self.summary()
@@ -228,13 +304,20 @@ class LayerwiseStrategy(Strategy):
     # --- Parts ----------------------------------------------------------------------------------------------
 
     def _messages(
-        self, kind: str, clients: Sequence[str], server_round: int, arrays: ArrayRecord, config: ConfigRecord
+        self,
+        kind: str,
+        clients: Sequence[str],
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        instruction: Instruction | None = None,
     ) -> list[Message]:
         self.asked = list(clients)
-        instruction = ConfigRecord({**config, **self.instruction(server_round).to_record()})
+        asked = self.instruction(server_round) if instruction is None else instruction
+        record = ConfigRecord({**config, **asked.to_record()})
         return [
             Message(
-                RecordDict({ARRAYS: self.content_for(client, arrays), CONFIG: instruction}),
+                RecordDict({ARRAYS: self.content_for(client, arrays), CONFIG: record}),
                 self.directory.nodes[client],
                 kind,
                 group_id=str(server_round),
@@ -245,15 +328,18 @@ class LayerwiseStrategy(Strategy):
     def _collect_updates(self, replies: Iterable[Message]) -> Collected[Update]:
         """Check train replies, and the evaluations that came with them."""
         answered, failed = replies_by_client(replies, self.directory, self.asked)
-        updates = check_all(
-            answered, failed, lambda reply, client: check_update(reply, client, self.codec, self.context.base)
-        )
+        updates = check_all(answered, failed, self._checked_update)
         if self.instruction(self.server_round).evaluate == "received":
             with_test = {update.client: answered[update.client] for update in updates.good}
             evaluations = check_all(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
             self._note_dropped("evaluation: ", evaluations.dropped)
             self._note_evaluations(evaluations.good, self.server_round - 1)
         return updates
+
+    def _checked_update(self, reply: Message, client: str) -> Update:
+        update = check_update(reply, client, self.codec, self.context.base, self.asked_signals)
+        self.check(update)
+        return update
 
     def _note_evaluations(self, evaluations: Sequence[Evaluation], server_round: int) -> MetricRecord | None:
         if not evaluations:

@@ -53,7 +53,7 @@ class Codec:
         if self.packed:
             if list(record) != [FLAT]:
                 raise MessageError(f"Expected one array named {FLAT!r}, got {len(record)}: {list(record)[:3]}.")
-            return _tensor(array_to_flat(record[FLAT], self.layout.size))
+            return tensor_view(array_to_flat(record[FLAT], self.layout.size))
         return self._decode_named(record)
 
     def _decode_named(self, record: ArrayRecord) -> torch.Tensor:
@@ -63,13 +63,13 @@ class Codec:
         flat = torch.empty(self.layout.size, dtype=torch.float32)
         for name, view in self.layout.views(flat).items():
             try:
-                view.copy_(_tensor(array_values(record[name], tuple(view.shape))))
+                view.copy_(tensor_view(array_values(record[name], tuple(view.shape))))
             except MessageError as error:
                 raise MessageError(f"{name!r}: {error}") from error
         return flat
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
+def tensor_view(values: np.ndarray) -> torch.Tensor:
     """View NumPy values as a tensor; received bytes are read-only and are only read."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable.*")

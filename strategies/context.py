@@ -19,3 +19,5 @@ class TaskContext:
     """Digest of the class names that every client must have, in their order."""
     seed: int = 0
     """Seed of the cohorts."""
+    lora_merge: str = "factors"
+    """How adapters are averaged: A and B apart (``factors``), or their product by its best factors."""

@@ -8,6 +8,7 @@ import torch
 
 from strategies.arithmetic import sample_weights, weighted_sum
 from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.merging import same_for_all_layers
 from strategies.replies import Update
 
 
@@ -29,5 +30,8 @@ class FedAvg(LayerwiseStrategy):
 
     def merge(self, server_round: int, updates: Sequence[Update]) -> torch.Tensor:
         """Return sum_i n_i / n x_i."""
-        weights = sample_weights([update.num_examples for update in updates])
-        return weighted_sum([update.flat for update in updates], weights)
+        vectors, weights = [u.flat for u in updates], sample_weights([u.num_examples for u in updates])
+        merged = weighted_sum(vectors, weights)
+        if self.context.lora_merge != "factors":
+            self.merge_adapters(merged, vectors, same_for_all_layers(weights, self.codec.layout))
+        return merged

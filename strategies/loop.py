@@ -53,6 +53,7 @@ class RoundLoop:
                     self._wait_for_clients()
                 else:
                     self._train(server_round, result)
+                    self._calibrate(server_round, result)
                     self._evaluate(server_round, result)
                 self._evaluate_centrally(server_round, result)
             if self.on_round:
@@ -108,6 +109,16 @@ class RoundLoop:
         if arrays is not None and metrics is not None:
             result.arrays, result.train_metrics_clientapp[server_round] = arrays, metrics
 
+    def _calibrate(self, server_round: int, result: Result) -> None:
+        """Let clients measure the merged model and recalibrate the head, in rounds where that is due."""
+        messages = self.strategy.configure_calibration(server_round, result.arrays)
+        if not messages:
+            return
+        with self._timed("calibrate"):
+            arrays = self.strategy.aggregate_calibration(server_round, self._exchange(messages))
+        if arrays is not None:
+            result.arrays = arrays
+
     def _evaluate(self, server_round: int, result: Result) -> None:
         """Let clients evaluate, in rounds where they do so in a phase of its own."""
         messages = self.strategy.configure_evaluate(server_round, result.arrays, self.evaluate_config, self.grid)
@@ -122,7 +133,7 @@ class RoundLoop:
         if self.evaluate_fn is None or not self.strategy.evaluates_after(server_round):
             return
         with self._timed("evaluate"):
-            metrics = self.evaluate_fn(server_round, result.arrays)
+            metrics = self.evaluate_fn(server_round, self.strategy.evaluation_arrays(result.arrays))
         if metrics is not None:
             result.evaluate_metrics_serverapp[server_round] = metrics
             central = {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}

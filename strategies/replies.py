@@ -10,10 +10,20 @@ import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 
-from strategies.codec import Codec
+from strategies.codec import Codec, tensor_view
 from strategies.cohort import MAX_REASON_LENGTH, ClientDirectory, identity_order
 from task.errors import MessageError
-from task.messages import ARRAYS, CONFIG, number_field, received_config, received_metrics, text_field
+from task.messages import (
+    ARRAYS,
+    CONFIG,
+    SIGNALS,
+    number_field,
+    received_config,
+    received_flat,
+    received_metrics,
+    text_field,
+)
+from task.signals import NOTHING, SignalRequest, signal_layout
 
 MAX_EXAMPLES = 10**9
 
@@ -32,6 +42,9 @@ class Update:
     """All metrics of the reply."""
     config: ConfigRecord
     """The reply's config record; empty where an app sends none."""
+    signals: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What was asked for besides, by name (:func:`task.signals.signal_layout`), float32; read only, not checked for
+    finite values."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +113,15 @@ def replies_by_client(
     )
 
 
-def check_update(reply: Message, client: str, codec: Codec, base: str) -> Update:
-    """Check a train reply: keys, shapes, dtypes, finite values, number of examples, base model.
+def check_update(reply: Message, client: str, codec: Codec, base: str, request: SignalRequest = NOTHING) -> Update:
+    """Check a train reply: keys, shapes, dtypes, finite values, number of examples, base model, shape of the signals.
 
     Raises
     ------
     MessageError
         Saying what is wrong with it.
     """
-    arrays = list(reply.content.array_records.values())
+    arrays = [record for name, record in reply.content.array_records.items() if name != SIGNALS]
     if len(arrays) != 1:
         raise MessageError(f"the reply has {len(arrays)} array records, expected one ({ARRAYS!r}).")
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
@@ -122,7 +135,40 @@ def check_update(reply: Message, client: str, codec: Codec, base: str) -> Update
     flat = codec.decode(arrays[0])
     if not bool(torch.isfinite(flat).all()):
         raise MessageError(f"its update is not finite, in {', '.join(_not_finite(flat, codec)[:3])}.")
-    return Update(client, flat, _num_examples(metrics), metrics, config)
+    signals = check_signals(reply, codec, request)
+    return Update(client, flat, _num_examples(metrics), metrics, config, signals)
+
+
+def check_signals(reply: Message, codec: Codec, request: SignalRequest) -> dict[str, torch.Tensor]:
+    """View the signals of a reply by name, without copying; empty where none were asked for.
+
+    Raises
+    ------
+    MessageError
+        If they are missing, or not of the size asked for.
+    """
+    if not request.anything:
+        return {}
+    layout = signal_layout(request, codec.layout)
+    return layout.views(tensor_view(received_flat(reply, layout.size, SIGNALS)))
+
+
+def check_moments(reply: Message, codec: Codec, request: SignalRequest) -> dict[str, torch.Tensor]:
+    """Check the class moments that a client measured: counts whole and not negative, the rest finite.
+
+    Raises
+    ------
+    MessageError
+        Saying what is wrong with them.
+    """
+    signals = check_signals(reply, codec, request)
+    for name, values in signals.items():
+        if not bool(torch.isfinite(values).all()):
+            raise MessageError(f"its {name} is not finite.")
+    count = signals["class-count"]
+    if bool(((count < 0) | (count != count.floor()) | (count > MAX_EXAMPLES)).any()):
+        raise MessageError("its class counts are not whole numbers from 0 on.")
+    return signals
 
 
 def check_evaluation(reply: Message, client: str, prefix: str = "") -> Evaluation:

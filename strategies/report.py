@@ -36,9 +36,12 @@ class RoundReport:
     """Bytes of adapter and head sent, by layer unit."""
     bytes_up_by_unit: dict[str, int] = field(default_factory=dict)
     """Bytes of adapter and head received, by layer unit."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What a strategy tells of its round, such as LIVAR's ``head_weights`` [clients used, classes] and
+    ``adapter_weights`` [clients used, layers], or the ``product_residual`` [layers] of ``lora.merge=product_svd``."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``total``, and ``wait``:
-    the part of the train phase not explained by the busiest worker's own work."""
+    """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``calibrate``, ``total``, and
+    ``wait``: the part of the train phase not explained by the busiest worker's own work."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dict."""

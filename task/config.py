@@ -75,6 +75,10 @@ class LoraConfig:
     """Endings of the names of the linear layers that get an adapter."""
     units: str = bounded("block", choices=("block", "module"))
     """Granularity of a layer unit: one per transformer block, or one per adapted module. The head is its own unit."""
+    merge: str = bounded("factors", choices=("factors", "product_svd"))
+    """How adapters are averaged: A and B apart, or their product by its best factors of the same rank."""
+    freeze_a: bool = False
+    """Keep A as drawn at the start, the same everywhere; only B is trained and sent."""
 
 
 @dataclass

@@ -16,10 +16,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from task.errors import MessageError
+from task.signals import NOTHING, SignalRequest, request_from_json
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, CONFIG, METRICS, SIGNALS = "arrays", "config", "metrics", "signals"
 FLAT = "flat"
 IDENTIFY = "query.identify"
+MEASURE = "query.measure"
 EVALUATIONS = ("none", "received")
 
 
@@ -37,6 +39,8 @@ class Instruction:
     """Weight of the proximal term mu/2 ||w - w_received||^2 added to the local loss."""
     evaluate: str = "none"
     """``received``: also evaluate the received model on the client's test images, before training."""
+    signals: SignalRequest = NOTHING
+    """What to measure and send along."""
 
     def to_record(self) -> ConfigRecord:
         """Write the instruction as a Flower record."""
@@ -47,6 +51,7 @@ class Instruction:
                 "layout": self.layout,
                 "proximal-mu": self.proximal_mu,
                 "evaluate": self.evaluate,
+                "signals": self.signals.to_json(),
             }
         )
 
@@ -58,6 +63,8 @@ class Instruction:
         ------
         MessageError
             If a field is missing or of the wrong type.
+        ConfigError
+            If the request for signals cannot be followed.
         """
         evaluate, mu = text_field(record, "evaluate"), float(number_field(record, "proximal-mu"))
         if evaluate not in EVALUATIONS or mu < 0:
@@ -68,6 +75,7 @@ class Instruction:
             layout=text_field(record, "layout"),
             proximal_mu=mu,
             evaluate=evaluate,
+            signals=request_from_json(text_field(record, "signals")),
         )
 
 
@@ -148,18 +156,18 @@ def flat_content(array: Array, instruction: Instruction) -> RecordDict:
     return RecordDict({ARRAYS: ArrayRecord({FLAT: array}), CONFIG: instruction.to_record()})
 
 
-def received_flat(message: Message, size: int) -> np.ndarray:
-    """View the flat array of a message; see :func:`array_to_flat`.
+def received_flat(message: Message, size: int, record_name: str = ARRAYS) -> np.ndarray:
+    """View the flat array of a message's record; see :func:`array_to_flat`.
 
     Raises
     ------
     MessageError
-        If the message does not carry exactly one array named ``flat``, or it does not fit.
+        If the record does not carry exactly one array named ``flat``, or it does not fit.
     """
-    record = message.content.array_records.get(ARRAYS)
+    record = message.content.array_records.get(record_name)
     if record is None or list(record) != [FLAT]:
         found = "none" if record is None else ", ".join(list(record)[:5])
-        raise MessageError(f"Expected one array named {FLAT!r}, got: {found}.")
+        raise MessageError(f"Expected one array named {FLAT!r} in {record_name!r}, got: {found}.")
     return array_to_flat(record[FLAT], size)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from task.config import LoraConfig, TaskConfig
 from task.errors import ModelError
 from task.libraries import peft
 from task.seeding import derive_seed
-from task.units import Layout, make_layout
+from task.units import Layout, head_specs, make_layout
 
 
 class AdaptedModel:
@@ -73,6 +74,16 @@ class AdaptedModel:
         """Copy adapter and head out as float32 [layout.size]."""
         return self.flat.detach().cpu().numpy().copy()
 
+    def submodule(self, name: str) -> Any:
+        """Find a module by timm's path, such as ``blocks.0.attn.qkv`` or the head's."""
+        return self.module.base_model.model.get_submodule(name)  # type: ignore[union-attr]
+
+    @property
+    def head(self) -> nn.Module:
+        """The classification head, whose input are the features."""
+        head: nn.Module = self.submodule(head_specs(self.layout)[0].name.removesuffix(".weight"))
+        return head
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [n, classes] of normalised images [n, 3, h, w]."""
         logits: torch.Tensor = self.module(images)
@@ -87,6 +98,8 @@ def canonical_name(peft_name: str) -> str:
 
 def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> peft.PeftModel:
     """Wrap a backbone with a LoRA adapter (A Kaiming-uniform, B zero) and a fresh head, drawn from a seed.
+
+    With ``freeze_a`` the matrices A are no trainable values and do not travel.
 
     Raises
     ------
@@ -105,7 +118,11 @@ def add_adapter(backbone: nn.Module, config: LoraConfig, seed: int) -> peft.Peft
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapter"))
         _reset_head(backbone.get_submodule(head))
-        return peft.get_peft_model(backbone, settings)
+        adapted = peft.get_peft_model(backbone, settings)
+    for name, parameter in adapted.named_parameters():
+        if config.freeze_a and ".lora_A." in name:
+            parameter.requires_grad = False
+    return adapted
 
 
 def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) -> AdaptedModel:

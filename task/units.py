@@ -10,15 +10,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import torch
 
+from task.errors import ModelError
+
 HEAD = "head"
 Granularity = Literal["block", "module"]
 _BLOCK = re.compile(r"^(?:.*\.)?blocks\.\d+(?=\.)")
-_LORA_SUFFIX = re.compile(r"\.lora_(?:A|B)\.weight$")
+_LORA_SUFFIX = re.compile(r"\.lora_(A|B)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -135,3 +137,58 @@ def make_layout(shapes: Mapping[str, Iterable[int]], granularity: Granularity = 
             specs.append(TensorSpec(unit, name, shape, offset))
             offset += math.prod(shape)
     return Layout(tuple(specs))
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One adapted linear layer: where its two factors lie in the flat array."""
+
+    name: str
+    """Module path, e.g. ``blocks.0.attn.qkv``."""
+    a: TensorSpec | None
+    """A [r, in]; None where it is frozen and not exchanged."""
+    b: TensorSpec
+    """B [out, r]."""
+
+    @property
+    def inputs(self) -> int:
+        """Width of what the first exchanged factor takes in: the layer's inputs, or A's outputs where A is frozen."""
+        return self.b.shape[1] if self.a is None else self.a.shape[1]
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The exchanged factors."""
+        return (self.b,) if self.a is None else (self.a, self.b)
+
+
+@lru_cache(maxsize=16)
+def lora_layers(layout: Layout) -> tuple[LoraLayer, ...]:
+    """List the adapted layers of a layout, in its order."""
+    found: dict[str, dict[str, TensorSpec]] = {}
+    for spec in layout.tensors:
+        match = _LORA_SUFFIX.search(spec.name)
+        if match:
+            found.setdefault(spec.name[: match.start()], {})[match.group(1)] = spec
+    return tuple(LoraLayer(name, pair.get("A"), pair["B"]) for name, pair in found.items() if "B" in pair)
+
+
+@lru_cache(maxsize=16)
+def head_specs(layout: Layout) -> tuple[TensorSpec, TensorSpec | None]:
+    """Find weight [classes, d] and bias [classes] of the head.
+
+    Raises
+    ------
+    ModelError
+        If the layout has no unit ``head`` with a matrix.
+    """
+    specs = [spec for spec in layout.tensors if spec.unit == HEAD]
+    matrices, vectors = [s for s in specs if len(s.shape) == 2], [s for s in specs if len(s.shape) == 1]
+    if len(matrices) != 1:
+        raise ModelError(f"The model has no linear head to merge by class; its units are: {', '.join(layout.units)}.")
+    return matrices[0], vectors[0] if vectors else None
+
+
+def head_shape(layout: Layout) -> tuple[int, int]:
+    """Return the numbers of classes and of feature dimensions."""
+    classes, dimension = head_specs(layout)[0].shape
+    return classes, dimension

@@ -16,7 +16,8 @@ from task.config import LoraConfig, TaskConfig, TrainConfig, task_from_json, tas
 from task.errors import ConfigError
 from tests.conftest import REPOSITORY
 
-GROUPS = ("strategy", "backbone", "dataset", "partition", "lora", "train")
+GROUPS = ("strategy", "backbone", "dataset", "partition", "lora", "train", "calibration")
+PRESETS = {"ccvr": "fedavg", "livar_ccvr": "livar", "livar_published_code": "livar"}  # files that choose for a strategy
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF_FOLDER / group).glob("*.yaml"))]
 
 
@@ -31,8 +32,12 @@ def refusal(overrides="", **run_config):
 def test_every_file_composes_into_a_valid_config_that_clients_can_read(group, option):
     run = compose_run({"overrides": f"{group}={option}"})
     chosen = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / group / f"{option}.yaml")) or {}
-    composed = dataclasses.asdict(run.strategy if group == "strategy" else getattr(run.settings, group))
-    assert {key: composed[key] for key in chosen} == chosen
+    chosen.pop("defaults", None)
+    everything = dataclasses.asdict(run.settings)
+    assert everything["strategy"] == dataclasses.asdict(run.strategy)
+    groups = chosen if "strategy" in chosen else {group: chosen}
+    for part, values in groups.items():
+        assert {key: everything[part][key] for key in values} == values
     part = {item.name: getattr(run.settings, item.name) for item in dataclasses.fields(TaskConfig)}
     assert task_from_json(task_to_json(run.settings)) == TaskConfig(**part)
 
@@ -40,12 +45,44 @@ def test_every_file_composes_into_a_valid_config_that_clients_can_read(group, op
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_strategy_file_lists_exactly_the_options_with_their_defaults(name):
     listed = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / "strategy" / f"{name}.yaml"))
+    listed = listed.get("strategy", listed)
     assert listed == {**dataclasses.asdict(STRATEGIES[name].Config()), "name": name}
     assert next(iter(listed)) == "name"
 
 
 def test_every_strategy_has_a_file_and_every_file_a_strategy():
-    assert {option for group, option in OPTIONS if group == "strategy"} == set(STRATEGIES)
+    assert {option for group, option in OPTIONS if group == "strategy"} == {*STRATEGIES, *PRESETS}
+
+
+@pytest.mark.parametrize(("option", "name"), PRESETS.items())
+def test_a_preset_chooses_for_a_strategy(option, name):
+    assert compose_run({"strategy": option}).strategy.name == name
+
+
+def test_a_strategy_sets_what_it_needs_and_the_user_has_the_last_word():
+    assert compose_run({"strategy": "ffa_lora"}).settings.lora.freeze_a
+    assert not compose_run({"strategy": "ffa_lora", "overrides": "lora.freeze_a=false"}).settings.lora.freeze_a
+    run = compose_run({"strategy": "livar_ccvr", "overrides": "strategy.head=samples calibration.epochs=2"})
+    calibration = run.settings.calibration
+    assert (calibration.name, calibration.mixture, calibration.every_round, calibration.epochs) == (
+        "ccvr",
+        True,
+        True,
+        2,
+    )
+    assert compose_run({"strategy": "livar_ccvr", "overrides": "calibration=none"}).settings.calibration.name == "none"
+
+
+def test_published_code_differs_from_the_papers_text_in_named_options():
+    text, code = (dataclasses.asdict(compose_run({"strategy": s}).strategy) for s in ("livar", "livar_published_code"))
+    assert {key for key in text if text[key] != code[key]} == {
+        "scores",
+        "variance_samples",
+        "variance_taken",
+        "variance_model",
+        "variance_images",
+        "evaluated",
+    }
 
 
 @pytest.mark.parametrize(("group", "schema"), [("lora", LoraConfig), ("train", TrainConfig)])
@@ -148,7 +185,7 @@ REFUSALS = {
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
     "max_steps, augment, device. Did you mean 'lr'?",
     "foo=1": "The config has no key 'foo'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
-    "num_server_rounds, round_timeout, runs_dir.",
+    "num_server_rounds, round_timeout, runs_dir, calibration, record_updates.",
     "+train.foo=1": "train has no key 'foo'; it has: optimizer, ",
     "+foo.bar=1": "The config has no key 'foo'; it has: backbone, ",
     "strategy.nonsense=1": "strategy has no key 'nonsense'; it has: name, fraction_train, min_clients, ",

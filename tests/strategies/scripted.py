@@ -9,7 +9,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from strategies import STRATEGIES, LayerwiseStrategy, TaskContext
-from task.messages import ARRAYS, CONFIG, FLAT, METRICS, Instruction, flat_to_array, received_config, received_flat
+from task.messages import (
+    ARRAYS,
+    CONFIG,
+    FLAT,
+    METRICS,
+    SIGNALS,
+    Instruction,
+    flat_to_array,
+    received_config,
+    received_flat,
+)
+from task.signals import signal_layout
 from task.units import Layout, make_layout
 from tools.debug import InProcessGrid
 
@@ -38,7 +49,24 @@ class Script:
     classes: Callable[[str], str] = lambda name: CLASSES
     silent: Callable[[str], bool] = lambda name: False
     layout: Layout = LAYOUT
+    signals: Callable[[str, Instruction], ArrayRecord] = lambda name, instruction: scripted_signals(name, instruction)
     heard: list[tuple[str, Instruction, np.ndarray]] = field(default_factory=list)
+
+
+def scripted_signals(name: str, instruction: Instruction) -> ArrayRecord:
+    """Signals that a real client could send, differing by client and round: positive, with Gram matrices of inputs."""
+    generator = np.random.default_rng([int(name), instruction.server_round])
+    layout = signal_layout(instruction.signals, LAYOUT)
+    values = generator.uniform(0.1, 1.0, layout.size).astype(np.float32)
+    for spec in layout.tensors:
+        part = slice(spec.offset, spec.offset + spec.size)
+        if spec.name == "class-count":
+            values[part] = generator.integers(2, 9, spec.size)
+        if spec.name.startswith("gram:"):
+            width = int((2 * spec.size) ** 0.5)
+            inputs = generator.normal(size=(20, width))
+            values[part] = (inputs.T @ inputs)[np.triu_indices(width)]
+    return ArrayRecord({FLAT: flat_to_array(values)})
 
 
 def scripted_app(script: Script) -> ClientApp:
@@ -61,12 +89,24 @@ def scripted_app(script: Script) -> ClientApp:
         received = received_flat(message, script.layout.size)
         script.heard.append((name, instruction, received.copy()))
         values = script.values(name, instruction.server_round, received).astype(np.float32)
-        metrics = MetricRecord({"num-examples": script.num_examples(name), "train-loss": 1.0, "seconds": 0.0})
+        metrics = MetricRecord(
+            {"num-examples": script.num_examples(name), "train-loss": 1.0, "seconds": 0.0, "steps": 5}
+        )
         if instruction.evaluate == "received":
             accuracy = float(received[0] + 1) / 10
             metrics.update({"test-num-examples": 5, "test-accuracy": accuracy, "test-loss": 1.0})
         config = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
         content = RecordDict({ARRAYS: ArrayRecord({FLAT: flat_to_array(values)}), METRICS: metrics, CONFIG: config})
+        if instruction.signals.anything:
+            content[SIGNALS] = script.signals(name, instruction)
+        return Message(script.edit(name, instruction.server_round, content), reply_to=message)
+
+    @app.query("measure")
+    def measure(message: Message, context: Context) -> Message:
+        name = str(context.node_config["name"])
+        instruction = Instruction.from_record(received_config(message))
+        config = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
+        content = RecordDict({SIGNALS: script.signals(name, instruction), CONFIG: config})
         return Message(script.edit(name, instruction.server_round, content), reply_to=message)
 
     @app.evaluate()
@@ -96,10 +136,10 @@ class ShufflingGrid(InProcessGrid):
         return replies
 
 
-def make_strategy(name: str, seed: int = 0, **options: object) -> LayerwiseStrategy:
+def make_strategy(name: str, seed: int = 0, lora_merge: str = "factors", **options: object) -> LayerwiseStrategy:
     """Make a registered strategy for the scripted clients."""
     kind = STRATEGIES[name]
-    return kind(kind.Config(name=name, **options), TaskContext("{}", LAYOUT, BASE, CLASSES, seed))
+    return kind(kind.Config(name=name, **options), TaskContext("{}", LAYOUT, BASE, CLASSES, seed, lora_merge))
 
 
 def initial_arrays() -> ArrayRecord:

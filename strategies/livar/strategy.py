@@ -1,0 +1,209 @@
+"""The strategy LIVAR: signals of training weigh the clients, per class and per layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from typing import Any, ClassVar
+
+import torch
+from flwr.app import Array, ArrayRecord
+from flwr.common.logger import log
+from torch import Tensor
+
+from strategies.arithmetic import sample_weights
+from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.livar.table import read_table
+from strategies.livar.weights import class_merge_weights, lora_merge_weights, per_layer_scores
+from strategies.merging import merge_head, merge_others
+from strategies.replies import Update
+from task.config import bounded
+from task.errors import MessageError
+from task.messages import number_field
+from task.signals import SignalRequest
+from task.units import Layout, head_shape, lora_layers
+
+
+@dataclass
+class LivarConfig(StrategyConfig):
+    """Options of :class:`Livar`; the defaults follow the paper's text."""
+
+    head: str = bounded("variance", choices=("variance", "samples", "uniform"))
+    """What weighs the clients per class of the head."""
+    adapter: str = bounded("table", choices=("table", "samples", "uniform"))
+    """What weighs the clients per adapted layer."""
+    table: str = "published"
+    """Table of merge weights: a file of conf/livar_table, or a YAML file on the server."""
+    scores: str = bounded("round", choices=("round", "cumulative", "per_layer"))
+    """Scores of this round; summed over all rounds; or, our own variant, per step in units of the layer's median."""
+    variance_samples: str = bounded("correct", choices=("correct", "all"))
+    """Training samples behind the variances: those predicted correctly, or all."""
+    variance_taken: str = bounded("training", choices=("training", "after"))
+    """Take variances from the last local epoch's own forward passes, or in a pass of their own after training."""
+    variance_model: str = bounded("adapted", choices=("adapted", "frozen"))
+    """Variances of the adapted model's features, or of the frozen backbone's (``variance_taken=after``)."""
+    variance_images: str = bounded("normalised", choices=("normalised", "raw"))
+    """Images as the backbone wants them, or merely scaled to [0, 1] (``variance_taken=after``)."""
+    evaluated: str = bounded("merged", choices=("merged", "products"))
+    """The server evaluates the merged model, or the merged head on W0 + sum_m n_m/n B_m A_m."""
+
+
+class Livar(LayerwiseStrategy):
+    """Layer Importance and VARiance-based merging.
+
+    The row of a class in the head is merged by the variance of the clients' features of that class; the factors of an
+    adapted layer by the bins of the clients' update scores in a table that a SHAP analysis gave. Sample counts play no
+    part.
+
+    References
+    ----------
+    Fiorini, Mosconi, Buzzega, Salami, Calderara, "Intrinsic Training Signals for Federated Learning Aggregation",
+    arXiv 2507.06813 (ICIAP 2025); for ``livar_published_code`` the authors' code, ``_models/livar.py``.
+    """
+
+    Config: ClassVar[type[StrategyConfig]] = LivarConfig
+    config: LivarConfig
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.table = read_table(self.config.table)
+        self._request = SignalRequest(
+            class_variance=self.config.head == "variance",
+            update_scores=self.config.adapter == "table",
+            samples=self.config.variance_samples,
+            taken=self.config.variance_taken,
+            model=self.config.variance_model,
+            images=self.config.variance_images,
+        )
+        self.score_sums: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
+
+    def request(self) -> SignalRequest:
+        """Ask for what the options need, and no more."""
+        return self._request
+
+    def check(self, update: Update) -> None:
+        """Refuse an update without a number of steps where scores are taken per step."""
+        if self.config.scores == "per_layer" and number_field(update.metrics, "steps") < 1:
+            raise MessageError("its number of steps is not positive.")
+
+    def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
+        """Merge every class of the head and every adapted layer by weights of its own; anything else by samples."""
+        vectors, layout = [update.flat for update in updates], self.codec.layout
+        shares = sample_weights([update.num_examples for update in updates])
+        samples = torch.tensor(shares, dtype=torch.float64)
+        head, adapter = self._head_weights(updates, samples), self._adapter_weights(updates, samples)
+        merged = torch.empty_like(self.flat)
+        merge_others(merged, vectors, shares, layout)
+        self.merge_adapters(merged, vectors, adapter)
+        merge_head(merged, vectors, head, self.flat, layout)
+        self.report.details |= {"head_weights": _rounded(head), "adapter_weights": _rounded(adapter)}
+        if self.config.evaluated == "products":
+            self._products = stacked_products(vectors, shares, layout)
+        return merged
+
+    def evaluation_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
+        """Add the sample-weighted products where they are what is evaluated."""
+        if not self._products:
+            return arrays
+        return ArrayRecord({**arrays, **{name: Array(factor.numpy()) for name, factor in self._products.items()}})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state, and the sums of scores by client."""
+        sums = {client: total.clone() for client, total in self.score_sums.items()}
+        return super().state_dict() | {"score_sums": sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state that :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self.score_sums = {client: total.clone() for client, total in state["score_sums"].items()}
+
+    def _head_weights(self, updates: Sequence[Update], samples: Tensor) -> Tensor:
+        """Weights [clients, classes] of the head's rows."""
+        classes = head_shape(self.codec.layout)[0]
+        if self.config.head == "variance":
+            variance = torch.stack([update.signals["class-variance"] for update in updates])
+            count = torch.stack([update.signals["class-count"] for update in updates])
+            weights = class_merge_weights(variance, count)
+            self._note_classes(updates, variance, weights)
+            return weights
+        if self.config.head == "samples":
+            return samples[:, None].expand(-1, classes)
+        return torch.full((len(updates), classes), 1 / len(updates), dtype=torch.float64)
+
+    def _adapter_weights(self, updates: Sequence[Update], samples: Tensor) -> Tensor:
+        """Weights [clients, layers] of the adapted layers."""
+        layers = len(lora_layers(self.codec.layout))
+        if self.config.adapter == "table" and layers:
+            score_a, score_b = self._scores(updates)
+            self._note_scores(updates, score_a, score_b)
+            return lora_merge_weights(score_a, score_b, self.table)
+        if self.config.adapter == "samples":
+            return samples[:, None].expand(-1, layers)
+        return torch.full((len(updates), layers), 1 / len(updates), dtype=torch.float64)
+
+    def _scores(self, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
+        """Scores of A and of B, float64 [clients, layers], of the round or as the options say."""
+        found = [torch.stack([update.signals["score-a"], update.signals["score-b"]]).double() for update in updates]
+        if self.config.scores == "cumulative":
+            for update, scores in zip(updates, found, strict=True):
+                scores += self.score_sums.get(update.client, torch.zeros_like(scores))
+                self.score_sums[update.client] = torch.where(torch.isfinite(scores), scores, 0.0)
+        score_a, score_b = torch.stack(found, dim=1)
+        if self.config.scores != "per_layer":
+            return score_a, score_b
+        steps = torch.tensor([number_field(update.metrics, "steps") for update in updates])
+        return per_layer_scores(score_a, steps), per_layer_scores(score_b, steps)
+
+    def _note_classes(self, updates: Sequence[Update], variance: Tensor, weights: Tensor) -> None:
+        """Log what keeps clients or classes out of the merge of the head."""
+        number, rows = self.report.server_round, weights.sum(0)
+        if bad := [u.client for u, v in zip(updates, variance, strict=True) if not bool(torch.isfinite(v).all())]:
+            log(WARNING, "Round %d: client %s: variances that are not finite do not count.", number, ", ".join(bad))
+        if idle := [u.client for u, w in zip(updates, weights, strict=True) if not bool(w.any())]:
+            reason = "no class with two samples to take a variance of; it has no say in the head"
+            log(INFO, "Round %d: client %s: %s.", number, ", ".join(idle), reason)
+        if kept := int((rows == 0).sum()):
+            log(INFO, "Round %d: no client covers %d of %d classes; their rows stay.", number, kept, len(rows))
+
+    def _note_scores(self, updates: Sequence[Update], score_a: Tensor, score_b: Tensor) -> None:
+        """Log scores that say nothing."""
+        finite = torch.isfinite(score_a) & torch.isfinite(score_b)
+        number = self.report.server_round
+        if bad := [u.client for u, row in zip(updates, finite, strict=True) if not bool(row.all())]:
+            log(WARNING, "Round %d: client %s: update scores that are not finite do not count.", number, ", ".join(bad))
+        if len(updates) > 1 and all(bool((s[finite] == s[finite][:1]).all()) for s in (score_a, score_b)):
+            log(INFO, "Round %d: all update scores are equal; the adapter is merged uniformly.", number)
+
+
+def stacked_products(vectors: Sequence[Tensor], weights: Sequence[float], layout: Layout) -> dict[str, Tensor]:
+    """Stack the clients' factors so that their product is sum_m w_m B_m A_m, of rank clients x r, exactly.
+
+    Parameters
+    ----------
+    vectors : Sequence[Tensor], float32, each [n]
+        The clients' adapters and heads.
+    weights : Sequence[float]
+        w_m, applied to B.
+    layout : Layout
+        Index of the flat arrays.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        Per layer ``<layer>.A`` [clients r, in] and ``<layer>.B`` [out, clients r], float32; where A is frozen only
+        ``<layer>.B`` [out, r], the weighted sum.
+    """
+    found = {}
+    views = [layout.views(vector) for vector in vectors]
+    for layer in lora_layers(layout):
+        scaled = [weight * view[layer.b.name] for weight, view in zip(weights, views, strict=True)]
+        if layer.a is None:
+            found[f"{layer.name}.B"] = torch.stack(scaled).sum(0)
+        else:
+            found[f"{layer.name}.A"] = torch.cat([view[layer.a.name] for view in views])
+            found[f"{layer.name}.B"] = torch.cat(scaled, dim=1)
+    return found
+
+
+def _rounded(weights: Tensor) -> list[list[float]]:
+    return [[round(weight, 6) for weight in row] for row in weights.tolist()]

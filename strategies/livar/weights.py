@@ -1,0 +1,98 @@
+"""LIVAR's merge weights: by variance for the head, by update scores for the adapter; pure functions.
+
+References
+----------
+Fiorini, Mosconi, Buzzega, Salami, Calderara, "Intrinsic Training Signals for Federated Learning Aggregation",
+arXiv 2507.06813 (ICIAP 2025).
+"""
+
+import torch
+from torch import Tensor
+
+from strategies.livar.table import PUBLISHED_TABLE, MergeTable
+
+TINY = torch.finfo(torch.float64).tiny
+
+
+def class_merge_weights(variance: Tensor, count: Tensor) -> Tensor:
+    """Weigh clients per class by the variance of their features: w[m,c] = v[m,c] / sum_m' v[m',c].
+
+    Only clients with at least two samples of a class behind a finite variance above zero take part in it; sample
+    counts play no further part.
+
+    Parameters
+    ----------
+    variance : Tensor, [clients, classes]
+        v: mean over feature dimensions of the per-class variance.
+    count : Tensor, [clients, classes]
+        n: number of samples behind each variance.
+
+    Returns
+    -------
+    Tensor, float64, [clients, classes]
+        Weights that sum to one over clients for every class that a client covers, and are zero for all others.
+    """
+    known = (count >= 2) & torch.isfinite(variance) & (variance > 0)
+    v = torch.where(known, variance, 0.0).double()
+    v = v / v.amax(0).clamp_min(TINY)
+    total = v.sum(0)
+    return torch.where(total > 0, v / total.clamp_min(TINY), 0.0)
+
+
+def lora_merge_weights(score_a: Tensor, score_b: Tensor, table: MergeTable = PUBLISHED_TABLE) -> Tensor:
+    """Weigh clients per layer by the bins of their update scores: W[m,l] = u[m,l] / sum_m' u[m',l].
+
+    The bins are bounded by quantiles over all clients and layers (linear interpolation); a score equal to a bound falls
+    into the middle bin. A client whose score of a layer is not finite has no say in that layer and none in the
+    quantiles; a layer without any finite score is merged uniformly.
+
+    Parameters
+    ----------
+    score_a, score_b : Tensor, [clients, layers]
+        s_A and s_B: accumulated |<gradient, move>| of the matrices A and B of every layer.
+    table : MergeTable
+        Quantiles, and the raw weight u of every bin.
+
+    Returns
+    -------
+    Tensor, float64, [clients, layers]
+        Weights that sum to one over clients for every layer.
+    """
+    finite = torch.isfinite(score_a) & torch.isfinite(score_b)
+    column = _bins(score_a.double(), finite, table.quantiles_a)
+    row = _bins(score_b.double(), finite, table.quantiles_b)
+    u = torch.where(finite, table.tensor[row, column], 0.0)
+    total = u.sum(0)
+    return torch.where(total > 0, u / total.clamp_min(TINY), 1 / len(u))
+
+
+def _bins(score: Tensor, finite: Tensor, quantiles: list[float]) -> Tensor:
+    """Index the bin of every score: 0 below the first bound, len(quantiles) above the last, ties to the middle."""
+    if not finite.any():
+        return torch.zeros_like(score, dtype=torch.int64)
+    bounds = torch.quantile(score[finite], torch.tensor(quantiles, dtype=score.dtype))
+    middle = len(quantiles) / 2
+    return torch.stack([score > b if i + 1 > middle else score >= b for i, b in enumerate(bounds)]).sum(0)
+
+
+def per_layer_scores(score: Tensor, steps: Tensor) -> Tensor:
+    """Make scores comparable between layers and between clients: per step, in units of the layer's median.
+
+    Not of the paper: there, scores differ more between layers than between clients, and follow a client's number of
+    steps.
+
+    Parameters
+    ----------
+    score : Tensor, [clients, layers]
+        s_A or s_B of a round.
+    steps : Tensor, [clients]
+        Number of optimizer steps behind them, positive.
+
+    Returns
+    -------
+    Tensor, float64, [clients, layers]
+        Scores per step over the median over clients of their layer; a median of zero is taken as one.
+    """
+    per_step = score.double() / steps.double()[:, None]
+    median = torch.nanquantile(torch.where(torch.isfinite(per_step), per_step, torch.nan), 0.5, dim=0)
+    return per_step / torch.where(median > 0, median, 1.0)

@@ -1,0 +1,132 @@
+"""RegMean: every layer by least squares on the clients' own inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from strategies.arithmetic import sample_weights
+from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.merging import merge_others, part_of, product_svd
+from strategies.replies import Update
+from task.config import bounded
+from task.errors import MessageError
+from task.signals import SignalRequest
+from task.units import HEAD, LoraLayer, head_specs, lora_layers
+
+RIDGE = 1e-6
+"""Added to the diagonal of a Gram matrix, in units of its mean."""
+
+
+@dataclass
+class RegMeanConfig(StrategyConfig):
+    """Options of :class:`RegMean`."""
+
+    off_diagonal: float = bounded(0.9, at_least=0.0, at_most=1.0)
+    """Factor on the Gram matrices' elements off the diagonal (the paper's alpha); 0 leaves an average by the inputs'
+    energy."""
+
+
+class RegMean(LayerwiseStrategy):
+    """W* = argmin_W sum_m ||X_m W^T - X_m W_m^T||^2 for every adapted layer and the head, from G_m = X_m^T X_m.
+
+    The frozen weight drops out, so that for adapters sum_m B_m A_m G_m (sum_m G_m)^-1 is the solution; its best
+    factors of the adapter's rank are kept.
+
+    References
+    ----------
+    Jin, Ren, Preotiuc-Pietro, Cheng, "Dataless Knowledge Fusion by Merging Weights of Language Models", ICLR 2023,
+    equation 2 and section 3.3.
+    """
+
+    Config: ClassVar[type[StrategyConfig]] = RegMeanConfig
+    config: RegMeanConfig
+
+    def request(self) -> SignalRequest:
+        """Ask for the Gram matrices."""
+        return SignalRequest(gram=True)
+
+    def check(self, update: Update) -> None:
+        """Refuse Gram matrices that are not finite."""
+        for name, gram in update.signals.items():
+            if not bool(torch.isfinite(gram).all()):
+                raise MessageError(f"its {name} is not finite.")
+
+    def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
+        """Merge layer by layer; a single client's update is taken as it is."""
+        if len(updates) == 1:
+            return updates[0].flat.clone()
+        layout, vectors = self.codec.layout, [update.flat for update in updates]
+        merged = torch.empty_like(self.flat)
+        merge_others(merged, vectors, sample_weights([update.num_examples for update in updates]), layout)
+        residuals = [self._merge_layer(merged, vectors, updates, layer) for layer in lora_layers(layout)]
+        self._merge_head(merged, vectors, updates)
+        self.report.details["product_residual"] = [round(residual, 6) for residual in residuals]
+        return merged
+
+    def _merge_layer(
+        self, merged: Tensor, vectors: Sequence[Tensor], updates: Sequence[Update], layer: LoraLayer
+    ) -> float:
+        """Merge one adapted layer; returns the relative residual of its factors."""
+        grams = [self._gram(update, layer.name, layer.inputs) for update in updates]
+        b = [vector[part_of(layer.b)].view(layer.b.shape) for vector in vectors]
+        if layer.a is None:
+            merged[part_of(layer.b)] = least_squares(b, grams).flatten().float()
+            return 0.0
+        a = [vector[part_of(layer.a)].view(layer.a.shape) for vector in vectors]
+        projected = _right_divided(torch.cat([x.double() @ g for x, g in zip(a, grams, strict=True)]), grams)
+        new_a, new_b, residual = product_svd(projected.split(layer.a.shape[0]), b, [1.0] * len(b))
+        merged[part_of(layer.a)], merged[part_of(layer.b)] = new_a.flatten(), new_b.flatten()
+        return float(residual)
+
+    def _merge_head(self, merged: Tensor, vectors: Sequence[Tensor], updates: Sequence[Update]) -> None:
+        weight, bias = head_specs(self.codec.layout)
+        grams = [self._gram(update, HEAD, weight.shape[1] + 1) for update in updates]
+        columns = [vector[part_of(weight)].view(weight.shape) for vector in vectors]
+        if bias is None:
+            grams = [gram[:-1, :-1] for gram in grams]
+        else:
+            columns = [torch.cat([w, v[part_of(bias)][:, None]], 1) for w, v in zip(columns, vectors, strict=True)]
+        solved = least_squares(columns, grams).float()
+        merged[part_of(weight)] = solved[:, : weight.shape[1]].flatten()
+        if bias is not None:
+            merged[part_of(bias)] = solved[:, -1]
+
+    def _gram(self, update: Update, name: str, width: int) -> Tensor:
+        """Unpack a Gram matrix, float64 [width, width], its elements off the diagonal scaled down."""
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        gram[tuple(torch.triu_indices(width, width))] = update.signals[f"gram:{name}"].double()
+        diagonal = gram.diagonal().clone()
+        gram = (gram + gram.T) * self.config.off_diagonal
+        gram.diagonal().copy_(diagonal)
+        return gram
+
+
+def least_squares(weights: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+    """Solve W* = (sum_m W_m G_m) (sum_m G_m)^-1.
+
+    Parameters
+    ----------
+    weights : Sequence[Tensor], each [out, in]
+        W_m.
+    grams : Sequence[Tensor], float64, each [in, in]
+        G_m, symmetric.
+
+    Returns
+    -------
+    Tensor, float64, [out, in]
+        W*.
+    """
+    products = [w.double() @ g for w, g in zip(weights, grams, strict=True)]
+    return _right_divided(torch.stack(products).sum(0), grams)
+
+
+def _right_divided(numerator: Tensor, grams: Sequence[Tensor]) -> Tensor:
+    """Return numerator (sum_m G_m)^-1 with a small ridge; zero where no client had any input."""
+    total = torch.stack(list(grams)).sum(0)
+    ridge = RIDGE * total.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    total.diagonal().add_(ridge)
+    solved: Tensor = torch.linalg.solve(total, numerator, left=False)
+    return solved
