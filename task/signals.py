@@ -74,16 +74,19 @@ def request_from_json(text: str) -> SignalRequest:
     Raises
     ------
     ConfigError
-        If it is too long, no JSON object, or does not fit the schema.
+        If it is too long, no JSON object, holds an interpolation, or does not fit the schema.
     """
-    if len(text) > MAX_REQUEST_BYTES or "${" in text:
-        raise ConfigError("The received request for signals is too long or holds an interpolation; it was not read.")
+    if len(text) > MAX_REQUEST_BYTES:
+        raise ConfigError("The received request for signals is too long; it was not read.")
     try:
         values = json.loads(text)
+        decoded = json.dumps(values, ensure_ascii=False)  # without escapes, which could hide an interpolation
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The received request for signals is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ConfigError("The received request for signals is not a JSON object.")
+    if "${" in decoded:
+        raise ConfigError("The received request for signals holds an interpolation; it was not read.")
     request = typed(SignalRequest, values, "signals.")
     if request.taken == "training" and (request.model, request.images) != ("adapted", "normalised"):
         raise ConfigError("Signals of the frozen model or of raw images are taken after training, not along with it.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from task.config import typed
+from task.config import first_line, typed
 from task.errors import ConfigError
 
 TABLE_FOLDER = Path(__file__).resolve().parents[2] / "conf" / "livar_table"
@@ -50,12 +50,17 @@ def read_table(name: str) -> MergeTable:
         If there is no such file, or it is not a table.
     """
     from omegaconf import OmegaConf  # kept out of the imports of the pure functions
+    from yaml import YAMLError
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else TABLE_FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in TABLE_FOLDER.glob("*.yaml")))
         raise ConfigError(f"strategy.table={name!r} is neither one of {known} nor a YAML file that is there.")
-    table = typed(MergeTable, OmegaConf.load(path))
+    try:
+        loaded = OmegaConf.load(path)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"strategy.table={name!r} cannot be read: {first_line(error)}.") from error
+    table = typed(MergeTable, loaded)
     table.check(f"strategy.table={name!r}")
     return table
 

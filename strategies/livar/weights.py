@@ -68,7 +68,7 @@ def lora_merge_weights(score_a: Tensor, score_b: Tensor, table: MergeTable = PUB
 
 def _bins(score: Tensor, finite: Tensor, quantiles: list[float]) -> Tensor:
     """Index the bin of every score: 0 below the first bound, len(quantiles) above the last, ties to the middle."""
-    if not finite.any():
+    if not finite.any() or not quantiles:
         return torch.zeros_like(score, dtype=torch.int64)
     bounds = torch.quantile(score[finite], torch.tensor(quantiles, dtype=score.dtype))
     middle = len(quantiles) / 2

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from task.errors import MessageError
+from task.errors import ConfigError, MessageError
 from task.messages import (
     ARRAYS,
     CONFIG,
     FLAT,
     METRICS,
+    SIGNALS,
     Instruction,
     array_to_flat,
     content_bytes,
@@ -28,6 +29,8 @@ from task.messages import (
     received_metrics,
     text_field,
 )
+from task.signals import NOTHING, SignalRequest
+from tests.task.test_signals import requests
 
 floats = st.floats(width=32)
 flats = npst.arrays(np.float32, st.integers(0, 300), elements=floats)
@@ -178,6 +181,7 @@ instructions = st.builds(
     layout=st.text(st.characters(codec="utf-8")),
     proximal_mu=st.floats(0, 1e6),
     evaluate=st.sampled_from(["none", "received"]),
+    signals=requests,
 )
 
 
@@ -202,6 +206,23 @@ def test_an_instruction_with_a_wrong_field_is_refused_by_name(key, wrong):
     else:
         record[key] = wrong
     with pytest.raises(MessageError, match=f"'{key}'"):
+        Instruction.from_record(record)
+
+
+def test_an_instruction_asks_for_no_signals_by_default():
+    record = Instruction(1, "{}", "digest").to_record()
+    assert record["signals"] == "{}"
+    assert Instruction.from_record(record).signals == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "not JSON"), ('{"gramm": true}', "no key 'gramm'"), ('{"model": "frozen"}', "after training")],
+)
+def test_an_instruction_whose_signals_cannot_be_followed_is_refused(text, reason):
+    record = Instruction(1, "{}", "digest", signals=SignalRequest(gram=True)).to_record()
+    record["signals"] = text
+    with pytest.raises(ConfigError, match=reason):
         Instruction.from_record(record)
 
 
@@ -245,6 +266,22 @@ def test_a_message_with_a_second_array_is_refused():
     arrays = {FLAT: Array(np.zeros(3, dtype=np.float32)), "more": Array(np.zeros(3, dtype=np.float32))}
     with pytest.raises(MessageError, match="flat, more"):
         received_flat(message(RecordDict({ARRAYS: ArrayRecord(arrays)})), 3)
+
+
+def test_the_record_of_signals_is_read_apart_from_that_of_the_model():
+    content = RecordDict(
+        {
+            ARRAYS: ArrayRecord({FLAT: flat_to_array(np.zeros(3))}),
+            SIGNALS: ArrayRecord({FLAT: flat_to_array(np.ones(2))}),
+        }
+    )
+    assert received_flat(message(content), 3).tolist() == [0, 0, 0]
+    assert received_flat(message(content), 2, SIGNALS).tolist() == [1, 1]
+    with pytest.raises(MessageError, match=r"has shape \[2\], expected \[3\]"):
+        received_flat(message(content), 3, SIGNALS)
+    del content[SIGNALS]
+    with pytest.raises(MessageError, match="in 'signals', got: none"):
+        received_flat(message(content), 2, SIGNALS)
 
 
 def test_missing_records_are_told_by_name():

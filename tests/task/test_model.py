@@ -264,7 +264,68 @@ def test_a_swin_model_has_its_blocks_as_units(tiny_task, images):
     assert model.layout.units == ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", HEAD)
     assert [spec.name for spec in model.layout.tensors if spec.unit == HEAD] == ["head.fc.weight", "head.fc.bias"]
     assert model(interpolate(images, 32)).shape == (len(images), NUM_CLASSES)
+    assert model.head(torch.zeros(2, 16)).shape == (2, NUM_CLASSES)
     assert_aliases(model)
+
+
+@pytest.fixture(scope="module")
+def frozen_task(tiny_task):
+    return replace(tiny_task, lora=replace(tiny_task.lora, freeze_a=True))
+
+
+@pytest.fixture(scope="module")
+def frozen_model(frozen_task):
+    return build_model(frozen_task, NUM_CLASSES)
+
+
+def matrices_a(model):
+    return {canonical_name(name): p for name, p in model.module.named_parameters() if ".lora_A." in name}
+
+
+def test_a_frozen_a_is_no_trainable_value_and_does_not_travel(frozen_model, tiny_model):
+    assert len(matrices_a(frozen_model)) == 8
+    assert not any(p.requires_grad for p in matrices_a(frozen_model).values())
+    everything = [spec.name for spec in tiny_model.layout.tensors]
+    assert [spec.name for spec in frozen_model.layout.tensors] == [name for name in everything if "lora_A" not in name]
+    assert_aliases(frozen_model)
+
+
+def test_a_frozen_a_is_the_one_that_would_be_trained_from_that_seed(frozen_task, frozen_model, tiny_model):
+    initial = tiny_model.layout.views(tiny_model.flat.detach())
+    other = build_model(replace(frozen_task, seed=frozen_task.seed + 1), NUM_CLASSES)
+    for name, a in matrices_a(frozen_model).items():
+        assert torch.equal(a, initial[name])
+        assert not torch.equal(a, matrices_a(other)[name])
+    assert frozen_model.base == tiny_model.base
+    for name, values in frozen_model.layout.views(torch.from_numpy(frozen_model.read())).items():
+        assert torch.equal(values, initial[name])
+
+
+def test_a_frozen_a_stays_while_b_and_head_train(frozen_task, images):
+    model = build_model(frozen_task, NUM_CLASSES)
+    before, start = {name: a.clone() for name, a in matrices_a(model).items()}, model.read()
+    optimizer = OPTIMIZERS["adamw"](model)
+    for _ in range(2):
+        step(model, images, optimizer)
+    assert all(torch.equal(a, before[name]) and a.grad is None for name, a in matrices_a(model).items())
+    changed = model.read() != start
+    assert all(changed[spec.offset : spec.offset + spec.size].any() for spec in model.layout.tensors)
+
+
+def test_modules_are_found_by_timms_paths(tiny_model):
+    assert tiny_model.submodule("blocks.0.attn.qkv").in_features == 32
+    assert tiny_model.submodule("blocks.1.mlp.fc1").out_features == 128
+    with pytest.raises(AttributeError):
+        tiny_model.submodule("blocks.2")
+
+
+def test_the_head_maps_features_to_logits_by_the_values_that_travel(tiny_model):
+    filled(tiny_model)
+    views = tiny_model.layout.views(tiny_model.flat.detach())
+    with torch.no_grad():
+        features = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+        expected = features @ views["head.weight"].T + views["head.bias"]
+        torch.testing.assert_close(tiny_model.head(features), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from task.units import HEAD, Layout, TensorSpec, make_layout, unit_of
+from task.errors import ModelError
+from task.units import HEAD, Layout, TensorSpec, head_shape, head_specs, lora_layers, make_layout, unit_of
 
 VIT = [
     f"blocks.{block}.{module}.lora_{factor}.weight"
@@ -142,3 +143,61 @@ def test_both_factors_of_a_module_are_in_one_unit():
     layout = make_layout(dict.fromkeys(VIT, (1,)), "module")
     assert layout.units == tuple(name.removesuffix(".lora_A.weight") for name in VIT if "lora_A" in name)
     assert make_layout(dict.fromkeys(VIT, (1,)), "block").units == ("blocks.0", "blocks.1", "blocks.10")
+
+
+PAIRS = [name.removesuffix(".lora_A.weight") for name in VIT + SWIN + OUTSIDE if "lora_A" in name]
+
+
+@given(models, granularities)
+def test_adapted_layers_are_found_by_their_factors(model, granularity):
+    layout = make_layout(model, granularity)
+    specs = {spec.name: spec for spec in layout.tensors}
+    layers = lora_layers(layout)
+    expected = {name for name in PAIRS if f"{name}.lora_B.weight" in model}  # no layer by its A alone
+    assert {layer.name for layer in layers} == expected
+    assert len(layers) == len(expected)
+    for layer in layers:
+        assert layer.b is specs[f"{layer.name}.lora_B.weight"]
+        assert layer.a is specs.get(f"{layer.name}.lora_A.weight")
+        assert layer.specs == tuple(spec for spec in (layer.a, layer.b) if spec is not None)
+
+
+@given(st.permutations(PAIRS), granularities)
+def test_adapted_layers_are_in_order_of_the_layout(names, granularity):
+    layout = make_layout({f"{name}.lora_{factor}.weight": (1, 1) for name in names for factor in "AB"}, granularity)
+    offsets = [layer.a.offset for layer in lora_layers(layout)]
+    assert offsets == sorted(offsets)
+    assert len(offsets) == len(PAIRS)
+
+
+def test_a_layers_inputs_are_those_of_its_first_exchanged_factor():
+    whole = {"blocks.0.mlp.fc1.lora_A.weight": (2, 7), "blocks.0.mlp.fc1.lora_B.weight": (9, 2)}
+    (layer,) = lora_layers(make_layout(whole))
+    assert layer.inputs == 7
+    (layer,) = lora_layers(make_layout({"blocks.0.mlp.fc1.lora_B.weight": (9, 2)}))
+    assert (layer.a, layer.inputs) == (None, 2)
+
+
+@pytest.mark.parametrize("head", ["head", "head.fc", "classifier"])
+@pytest.mark.parametrize("bias_first", [False, True])
+def test_the_head_is_a_matrix_and_a_vector(head, bias_first):
+    shapes = {f"{head}.weight": (5, 8), f"{head}.bias": (5,)}
+    shapes = dict(reversed(shapes.items())) if bias_first else shapes
+    layout = make_layout({**dict.fromkeys(VIT[:2], (5, 8)), **shapes}, head=head)
+    weight, bias = head_specs(layout)
+    assert (weight.name, bias.name) == (f"{head}.weight", f"{head}.bias")
+    assert head_shape(layout) == (5, 8)
+
+
+def test_a_head_may_have_no_bias():
+    layout = make_layout({"head.weight": (5, 8)})
+    assert head_specs(layout) == (layout.tensors[0], None)
+
+
+@pytest.mark.parametrize(
+    "shapes", [{}, {"head.bias": (5,)}, {"head.0.weight": (5, 8), "head.1.weight": (5, 5)}], ids=["no", "bias", "two"]
+)
+def test_another_head_cannot_be_merged_by_class(shapes):
+    layout = make_layout({**dict.fromkeys(VIT[:2], (5, 8)), **shapes})
+    with pytest.raises(ModelError, match="no linear head to merge by class; its units are: blocks.0"):
+        head_specs(layout)
