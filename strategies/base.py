@@ -4,7 +4,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from logging import ERROR, INFO, WARNING
+from logging import ERROR, INFO
 from typing import Any, ClassVar
 
 import torch
@@ -12,29 +12,26 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.ccvr import Calibration
 from strategies.codec import Codec
-from strategies.cohort import ClientDirectory, draw_cohort, grouped
+from strategies.cohort import ClientDirectory, draw_cohort
 from strategies.context import TaskContext
 from strategies.loop import EvaluateFn, OnRound, RoundLoop
 from strategies.merging import merge_adapter, merge_products
 from strategies.replies import (
     Collected,
-    Evaluation,
     Update,
     check_all,
     check_evaluation,
-    check_moments,
     check_update,
+    foreign_metrics,
     mean_metric,
     replies_by_client,
 )
 from strategies.report import RoundReport
 from task.config import bounded
-from task.messages import ARRAYS, CONFIG, MEASURE, Instruction
-from task.seeding import generator_for
+from task.messages import ARRAYS, CONFIG, Instruction
 from task.signals import NOTHING, SignalRequest, signal_layout
 
 
@@ -174,6 +171,10 @@ class LayerwiseStrategy(Strategy):
         """Log the strategy and its options."""
         options = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "name"}
         log(INFO, "Strategy %s: %s", type(self).__name__, ", ".join(f"{k}={v}" for k, v in options.items()))
+        if self.context.lora_merge != "factors":
+            log(INFO, "Adapters are merged by lora.merge=%s", self.context.lora_merge)
+        if self.calibration is not None:
+            log(INFO, "Calibration: %s", self.calibration.config)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -186,7 +187,7 @@ class LayerwiseStrategy(Strategy):
             self.context.seed,
             server_round,
         )
-        return self._messages(MessageType.TRAIN, cohort, server_round, arrays, config)
+        return self.messages(MessageType.TRAIN, cohort, server_round, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -194,7 +195,7 @@ class LayerwiseStrategy(Strategy):
         """Check the replies and merge the good ones; (None, None) leaves the model as it was."""
         collected = self._collect_updates(replies)
         updates, report = collected.good, self.report
-        self._note_dropped("", collected.dropped)
+        self.report.drop("", collected.dropped)
         if len(updates) < self.config.min_clients:
             self._note_failed_round(server_round, len(updates))
             return None, None
@@ -216,40 +217,17 @@ class LayerwiseStrategy(Strategy):
         due = (mode == "phase" and self.evaluates_after(server_round)) or (mode == "train" and last)
         if not due:
             return []
-        return self._messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config)
+        return self.messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the evaluations and take their unweighted mean."""
         replies = list(replies)
         if not self.context.task:
-            return _foreign_metrics(replies)
+            return foreign_metrics(replies)
         answered, failed = replies_by_client(replies, self.directory, self.asked)
         evaluations = check_all(answered, failed, check_evaluation)
-        self._note_dropped("evaluation: ", evaluations.dropped)
-        return self._note_evaluations(evaluations.good, server_round)
-
-    def configure_calibration(self, server_round: int, arrays: ArrayRecord) -> list[Message]:
-        """Make the messages that ask every client to measure the merged model, in rounds where calibration is due."""
-        if self.calibration is None or not self.calibration.due(server_round, self.num_rounds):
-            return []
-        instruction = replace(self.instruction(server_round), evaluate="none", signals=self.calibration.request)
-        clients = self.directory.identities
-        return self._messages(MEASURE, clients, server_round, arrays, ConfigRecord(), instruction)
-
-    def aggregate_calibration(self, server_round: int, replies: Iterable[Message]) -> ArrayRecord | None:
-        """Check the measurements and recalibrate the head; None leaves the model as it was."""
-        assert self.calibration is not None
-        answered, failed = replies_by_client(replies, self.directory, self.asked)
-        request = self.calibration.request
-        measured = check_all(answered, failed, lambda reply, _: check_moments(reply, self.codec, request))
-        self._note_dropped("calibration: ", measured.dropped)
-        if len(measured.good) < self.config.min_clients:
-            found, needed = len(measured.good), self.config.min_clients
-            log(ERROR, "Round %d: %d of the %d measurements needed: no calibration.", server_round, found, needed)
-            return None
-        generator = generator_for(self.context.seed, "calibration", server_round)
-        self.flat = self.calibration.calibrated(self.flat, self.codec.layout, measured.good, generator)
-        return self.codec.encode(self.flat)
+        self.report.drop("evaluation: ", evaluations.dropped)
+        return self.report.evaluated(evaluations.good, server_round)
 
     def start(
         self,
@@ -303,7 +281,7 @@ class LayerwiseStrategy(Strategy):
 
     # --- Parts ----------------------------------------------------------------------------------------------
 
-    def _messages(
+    def messages(
         self,
         kind: str,
         clients: Sequence[str],
@@ -312,6 +290,7 @@ class LayerwiseStrategy(Strategy):
         config: ConfigRecord,
         instruction: Instruction | None = None,
     ) -> list[Message]:
+        """Make a message for each client; with the round's own instruction unless one is given."""
         self.asked = list(clients)
         asked = self.instruction(server_round) if instruction is None else instruction
         record = ConfigRecord({**config, **asked.to_record()})
@@ -332,31 +311,14 @@ class LayerwiseStrategy(Strategy):
         if self.instruction(self.server_round).evaluate == "received":
             with_test = {update.client: answered[update.client] for update in updates.good}
             evaluations = check_all(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
-            self._note_dropped("evaluation: ", evaluations.dropped)
-            self._note_evaluations(evaluations.good, self.server_round - 1)
+            self.report.drop("evaluation: ", evaluations.dropped)
+            self.report.evaluated(evaluations.good, self.server_round - 1)
         return updates
 
     def _checked_update(self, reply: Message, client: str) -> Update:
         update = check_update(reply, client, self.codec, self.context.base, self.asked_signals)
         self.check(update)
         return update
-
-    def _note_evaluations(self, evaluations: Sequence[Evaluation], server_round: int) -> MetricRecord | None:
-        if not evaluations:
-            return None
-        report = self.report
-        report.clients_accuracy = {evaluation.client: evaluation.accuracy for evaluation in evaluations}
-        report.clients_accuracy_mean = sum(report.clients_accuracy.values()) / len(evaluations)
-        report.clients_evaluated_round = server_round
-        return MetricRecord({"accuracy": report.clients_accuracy_mean, "num-clients": len(evaluations)})
-
-    def _note_dropped(self, what: str, dropped: dict[str, str]) -> None:
-        """Record and log whose reply does not count, and why."""
-        for client, reason in dropped.items():
-            earlier = self.report.clients_dropped.get(client, "")
-            self.report.clients_dropped[client] = f"{earlier}; {what}{reason}" if earlier else f"{what}{reason}"
-        if dropped:
-            log(WARNING, "Round %d: dropped: %s%s", self.report.server_round, what, grouped(dropped))
 
     def _note_failed_round(self, server_round: int, found: int) -> None:
         self.failed_rounds += 1
@@ -367,9 +329,3 @@ class LayerwiseStrategy(Strategy):
             found,
             self.config.min_clients,
         )
-
-
-def _foreign_metrics(replies: Sequence[Message]) -> MetricRecord | None:
-    """Average whatever metrics an app of another make reports, weighted by its examples, as Flower does."""
-    contents = [reply.content for reply in replies if reply.has_content()]
-    return aggregate_metricrecords(contents, "num-examples") if contents else None

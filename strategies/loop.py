@@ -12,6 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from strategies.ccvr.phase import calibrate, calibration_messages
 from strategies.cohort import grouped
 from strategies.replies import first_metrics
 from strategies.report import RoundReport
@@ -111,11 +112,11 @@ class RoundLoop:
 
     def _calibrate(self, server_round: int, result: Result) -> None:
         """Let clients measure the merged model and recalibrate the head, in rounds where that is due."""
-        messages = self.strategy.configure_calibration(server_round, result.arrays)
+        messages = calibration_messages(self.strategy, server_round, result.arrays)
         if not messages:
             return
         with self._timed("calibrate"):
-            arrays = self.strategy.aggregate_calibration(server_round, self._exchange(messages))
+            arrays = calibrate(self.strategy, server_round, self._exchange(messages))
         if arrays is not None:
             result.arrays = arrays
 

@@ -78,7 +78,7 @@ def merge_others(merged: Tensor, vectors: Sequence[Tensor], weights: Sequence[fl
 def merge_products(merged: Tensor, vectors: Sequence[Tensor], weights: Tensor, layout: Layout) -> Tensor:
     """Overwrite the adapter in ``merged`` by the best factors of sum_m W[m,l] B_m,l A_m,l; see :func:`product_svd`.
 
-    Where A is frozen the factors' mean is that product already, and is left as it is.
+    Where A is frozen, the weighted sum of the B is that product exactly.
 
     Returns
     -------
@@ -86,13 +86,14 @@ def merge_products(merged: Tensor, vectors: Sequence[Tensor], weights: Tensor, l
         Relative residual of every layer.
     """
     residuals = []
-    for index, layer in enumerate(lora_layers(layout)):
+    for layer, column in zip(lora_layers(layout), weights.T.tolist(), strict=True):
         if layer.a is None:
+            merged[part_of(layer.b)] = weighted_sum([vector[part_of(layer.b)] for vector in vectors], column)
             residuals.append(torch.zeros((), dtype=torch.float64))
             continue
         a = [vector[part_of(layer.a)].view(layer.a.shape) for vector in vectors]
         b = [vector[part_of(layer.b)].view(layer.b.shape) for vector in vectors]
-        new_a, new_b, residual = product_svd(a, b, weights[:, index].tolist())
+        new_a, new_b, residual = product_svd(a, b, column)
         merged[part_of(layer.a)], merged[part_of(layer.b)] = new_a.flatten(), new_b.flatten()
         residuals.append(residual)
     return torch.stack(residuals)
@@ -102,7 +103,7 @@ def product_svd(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[floa
     """Find the best rank-r factors of sum_m w_m B_m A_m, without forming the product.
 
     By QR of the stacked factors and an SVD of the small core; the singular values are split evenly. If the sum is
-    zero, A is the weighted mean, so that training can go on from there.
+    zero, up to rounding, A is the weighted mean, so that training can go on from there.
 
     Parameters
     ----------
@@ -125,7 +126,7 @@ def product_svd(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[floa
     q_a, r_a = torch.linalg.qr(stacked_a.T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     total = s.square().sum()
-    if total == 0:
+    if total <= (1e-12 * r_b.norm() * r_a.norm()).square():
         mean = sum((w * one for w, one in zip(weights, a, strict=True)), torch.zeros_like(a[0]))
         return mean, torch.zeros_like(b[0]), torch.zeros_like(total)
     root = s[:rank].sqrt()

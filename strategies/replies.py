@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.codec import Codec, tensor_view
 from strategies.cohort import MAX_REASON_LENGTH, ClientDirectory, identity_order
@@ -201,6 +202,12 @@ def check_all(answered: dict[str, Message], failed: dict[str, str], check: Calla
 def first_metrics(reply: Message) -> MetricRecord:
     """Take the first metric record of a reply, an empty one if there is none."""
     return next(iter(reply.content.metric_records.values()), MetricRecord())
+
+
+def foreign_metrics(replies: Sequence[Message]) -> MetricRecord | None:
+    """Average whatever metrics an app of another make reports, weighted by its examples, as Flower does."""
+    contents = [reply.content for reply in replies if reply.has_content()]
+    return aggregate_metricrecords(contents, "num-examples") if contents else None
 
 
 def mean_metric(updates: Sequence[Update], key: str) -> float | None:

@@ -1,7 +1,15 @@
 """What is recorded of every round."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from logging import WARNING
 from typing import Any
+
+from flwr.app import MetricRecord
+from flwr.common.logger import log
+
+from strategies.cohort import grouped
+from strategies.replies import Evaluation
 
 
 @dataclass
@@ -42,6 +50,23 @@ class RoundReport:
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``calibrate``, ``total``, and
     ``wait``: the part of the train phase not explained by the busiest worker's own work."""
+
+    def drop(self, what: str, reasons: dict[str, str]) -> None:
+        """Record and log whose reply does not count, and why; ``what`` leads the reasons."""
+        for client, reason in reasons.items():
+            earlier = self.clients_dropped.get(client, "")
+            self.clients_dropped[client] = f"{earlier}; {what}{reason}" if earlier else f"{what}{reason}"
+        if reasons:
+            log(WARNING, "Round %d: dropped: %s%s", self.server_round, what, grouped(reasons))
+
+    def evaluated(self, evaluations: Sequence[Evaluation], server_round: int) -> MetricRecord | None:
+        """Record what clients measured of the model of a round; returns the mean, None if nobody measured."""
+        if not evaluations:
+            return None
+        self.clients_accuracy = {evaluation.client: evaluation.accuracy for evaluation in evaluations}
+        self.clients_accuracy_mean = sum(self.clients_accuracy.values()) / len(evaluations)
+        self.clients_evaluated_round = server_round
+        return MetricRecord({"accuracy": self.clients_accuracy_mean, "num-clients": len(evaluations)})
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serialisable dict."""

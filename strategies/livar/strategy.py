@@ -146,8 +146,9 @@ class Livar(LayerwiseStrategy):
         found = [torch.stack([update.signals["score-a"], update.signals["score-b"]]).double() for update in updates]
         if self.config.scores == "cumulative":
             for update, scores in zip(updates, found, strict=True):
-                scores += self.score_sums.get(update.client, torch.zeros_like(scores))
-                self.score_sums[update.client] = torch.where(torch.isfinite(scores), scores, 0.0)
+                before = self.score_sums.get(update.client, torch.zeros_like(scores))
+                scores += before
+                self.score_sums[update.client] = torch.where(torch.isfinite(scores), scores, before)
         score_a, score_b = torch.stack(found, dim=1)
         if self.config.scores != "per_layer":
             return score_a, score_b

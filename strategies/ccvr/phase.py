@@ -1,0 +1,42 @@
+"""The phase of a round in which clients measure the merged model and its head is recalibrated."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from logging import ERROR
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.common.logger import log
+
+from strategies.replies import check_all, check_moments, replies_by_client
+from task.messages import MEASURE
+from task.seeding import generator_for
+
+if TYPE_CHECKING:
+    from strategies.base import LayerwiseStrategy
+
+
+def calibration_messages(strategy: "LayerwiseStrategy", server_round: int, arrays: ArrayRecord) -> list[Message]:
+    """Make the messages that ask every client to measure the merged model, in rounds where calibration is due."""
+    calibration = strategy.calibration
+    if calibration is None or not calibration.due(server_round, strategy.num_rounds):
+        return []
+    instruction = replace(strategy.instruction(server_round), evaluate="none", signals=calibration.request)
+    clients = strategy.directory.identities
+    return strategy.messages(MEASURE, clients, server_round, arrays, ConfigRecord(), instruction)
+
+
+def calibrate(strategy: "LayerwiseStrategy", server_round: int, replies: Iterable[Message]) -> ArrayRecord | None:
+    """Check the measurements and recalibrate the strategy's head; None leaves the model as it was."""
+    calibration = strategy.calibration
+    assert calibration is not None
+    answered, failed = replies_by_client(replies, strategy.directory, strategy.asked)
+    measured = check_all(answered, failed, lambda reply, _: check_moments(reply, strategy.codec, calibration.request))
+    strategy.report.drop("calibration: ", measured.dropped)
+    found, needed = len(measured.good), strategy.config.min_clients
+    if found < needed:
+        log(ERROR, "Round %d: %d of the %d measurements needed: no calibration.", server_round, found, needed)
+        return None
+    generator = generator_for(strategy.context.seed, "calibration", server_round)
+    strategy.flat = calibration.calibrated(strategy.flat, strategy.codec.layout, measured.good, generator)
+    return strategy.codec.encode(strategy.flat)
