@@ -125,7 +125,7 @@ class Recorder:
         normaliser : Normaliser
             Maps uint8 batches to the model's input.
         generator : torch.Generator
-            CPU generator of the labels drawn for the Fisher information.
+            CPU generator of the images and labels drawn for the Fisher information.
 
         Returns
         -------
@@ -204,11 +204,13 @@ def features_of(
     With ``frozen`` the features are those of the backbone without adapter; the head is the trained one all the same.
     """
     model.module.eval()
-    kept = []
+    kept, constant = [], [parameter for parameter in model.module.parameters() if not parameter.requires_grad]
     with FeatureTap(model) as tap, model.module.disable_adapter() if frozen else nullcontext():
         for images, _ in eval_batches(data, BATCH_SIZE, normaliser):
             model(images)
             kept.append(tap.features)
+    for parameter in constant:
+        parameter.requires_grad = False  # with the adapter, peft makes a frozen A trainable
     features = torch.cat(kept)
     return features, model.head(features)
 
@@ -257,6 +259,8 @@ def fisher_diagonal(
 ) -> Tensor:
     """Diagonal of the Fisher information: mean over images of the squared gradient of log p(y|x), y drawn from p.
 
+    Of more than ``max_samples`` images so many are drawn: those of a folder per class lie sorted by class.
+
     References
     ----------
     Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, equation 3.
@@ -270,7 +274,7 @@ def fisher_diagonal(
     gradient = model.flat.grad
     assert gradient is not None
     total, count = torch.zeros_like(gradient), min(max_samples, len(data))
-    for index in range(count):
+    for index in torch.randperm(len(data), generator=generator)[:count].tolist():
         gradient.zero_()
         log_p = F.log_softmax(model(normaliser(data.images[index : index + 1])), dim=1)
         label = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)

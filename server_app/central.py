@@ -51,18 +51,20 @@ def central_evaluation(
 def _products(model: AdaptedModel, arrays: ArrayRecord) -> Iterator[None]:
     """Put sum_m w_m B_m A_m into the frozen weights, in place of the adapter's product, and take it out again."""
     kept: dict[str, torch.Tensor] = {}
+    adapter = model.flat.detach().clone()
     views = model.layout.views(model.flat.detach())
-    for layer in lora_layers(model.layout):
-        module = model.submodule(layer.name)
-        weight = module.base_layer.weight.data
-        b = torch.from_numpy(arrays[f"{layer.name}.B"].numpy()).to(weight.device)
-        a = module.lora_A["default"].weight.data if layer.a is None else None
-        a = torch.from_numpy(arrays[f"{layer.name}.A"].numpy()).to(weight.device) if a is None else a
-        kept[layer.name] = weight.clone()
-        weight.addmm_(b, a, alpha=module.scaling["default"])
-        views[layer.b.name].zero_()
     try:
+        for layer in lora_layers(model.layout):
+            module = model.submodule(layer.name)
+            weight = module.base_layer.weight.data
+            kept[layer.name] = weight.clone()
+            b = torch.from_numpy(arrays[f"{layer.name}.B"].numpy()).to(weight.device)
+            a = module.lora_A["default"].weight.data if layer.a is None else None
+            a = torch.from_numpy(arrays[f"{layer.name}.A"].numpy()).to(weight.device) if a is None else a
+            weight.addmm_(b, a, alpha=module.scaling["default"])
+            views[layer.b.name].zero_()
         yield
     finally:
         for name, weight in kept.items():
             model.submodule(name).base_layer.weight.data.copy_(weight)
+        model.flat.detach().copy_(adapter)

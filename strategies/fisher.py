@@ -50,9 +50,9 @@ class Fisher(LayerwiseStrategy):
         """Merge element by element; a single client's update is taken as it is."""
         if len(updates) == 1:
             return updates[0].flat.clone()
-        numerator, denominator = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        numerator, denominator = torch.zeros_like(self.flat).double(), torch.zeros_like(self.flat).double()
         for update, share in zip(updates, sample_weights([u.num_examples for u in updates]), strict=True):
-            weight = (update.signals["fisher"] + self.config.floor).mul_(share)
-            numerator.addcmul_(weight, update.flat)
+            weight = (update.signals["fisher"].double() + self.config.floor).mul_(share)
+            numerator.addcmul_(weight, update.flat.double())
             denominator.add_(weight)
-        return numerator.div_(denominator)
+        return numerator.div_(denominator).float()

@@ -126,7 +126,7 @@ def least_squares(weights: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
 def _right_divided(numerator: Tensor, grams: Sequence[Tensor]) -> Tensor:
     """Return numerator (sum_m G_m)^-1 with a small ridge; zero where no client had any input."""
     total = torch.stack(list(grams)).sum(0)
-    ridge = RIDGE * total.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    ridge = (RIDGE * total.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
     total.diagonal().add_(ridge)
     solved: Tensor = torch.linalg.solve(total, numerator, left=False)
     return solved

@@ -115,14 +115,18 @@ class DatasetConfig:
 class PartitionConfig:
     """How a data set is spread over simulated clients (flwr-datasets partitioners)."""
 
-    kind: str = bounded("dirichlet", choices=("iid", "dirichlet", "pathological", "natural", "whole"))
-    """``natural`` follows a column of the data; ``whole`` leaves every client its own data set, as in a deployment."""
+    kind: str = bounded(
+        "dirichlet", choices=("iid", "dirichlet", "pathological", "natural", "natural_dirichlet", "whole")
+    )
+    """``natural`` makes one client of each value of a column. ``natural_dirichlet`` gives each value as many clients
+    as the others (the first in sorted order one more where that does not come out even) and spreads its images over
+    them by Dirichlet draws. ``whole`` leaves every client its own data set, as in a deployment."""
     alpha: float = bounded(0.3, above=0.0)
-    """Dirichlet concentration; smaller is more skewed."""
+    """Dirichlet concentration; smaller is more skewed (dirichlet, natural_dirichlet)."""
     classes_per_client: int = bounded(2, at_least=1)
     """Number of classes each client sees (pathological)."""
     column: str = ""
-    """Column whose values separate the clients (natural)."""
+    """Column whose values separate the clients (natural, natural_dirichlet)."""
     min_samples: int = bounded(5, at_least=2)
     """Fewest images a client may have; a partition below it is refused."""
 

@@ -90,7 +90,8 @@ def gaussians(count: Tensor, mean: Tensor, spread: Tensor, mixture: bool) -> lis
     for label in range(count.shape[1]):
         for n, mu, sigma in zip(count[:, label].tolist(), mean[:, label], spread[:, label], strict=True):
             if n > 0:
-                found.append(Gaussian(label, n / float(total[label]), mu.float(), _factor(sigma)))
+                spread_known = sigma if n > 1 else torch.zeros_like(sigma)
+                found.append(Gaussian(label, n / float(total[label]), mu.float(), _factor(spread_known)))
     return found
 
 

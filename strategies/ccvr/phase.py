@@ -5,6 +5,7 @@ from dataclasses import replace
 from logging import ERROR
 from typing import TYPE_CHECKING
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
 
@@ -38,5 +39,9 @@ def calibrate(strategy: "LayerwiseStrategy", server_round: int, replies: Iterabl
         log(ERROR, "Round %d: %d of the %d measurements needed: no calibration.", server_round, found, needed)
         return None
     generator = generator_for(strategy.context.seed, "calibration", server_round)
-    strategy.flat = calibration.calibrated(strategy.flat, strategy.codec.layout, measured.good, generator)
+    calibrated = calibration.calibrated(strategy.flat, strategy.codec.layout, measured.good, generator)
+    if not bool(torch.isfinite(calibrated).all()):
+        log(ERROR, "Round %d: the retrained head is not finite: no calibration.", server_round)
+        return None
+    strategy.flat = calibrated
     return strategy.codec.encode(strategy.flat)

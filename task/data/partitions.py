@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from task.config import PartitionConfig
 from task.data.sampling import labels_of, stratified_sample
 from task.errors import ConfigError, DataError
+from task.seeding import derive_seed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,10 +25,10 @@ def partition_indices(dataset: "Dataset", config: PartitionConfig, num_partition
     Parameters
     ----------
     dataset : datasets.Dataset
-        Data set with a column ``label``, and ``config.column`` for a natural partition.
+        Data set with a column ``label``, and ``config.column`` for the kinds that go by a column.
     config : PartitionConfig
         Kind of partition and its parameters. A Dirichlet partition is drawn up to 11 times until every
-        client has ``min_samples`` images.
+        client has ``min_samples`` images; for ``natural_dirichlet`` that of each value's images is.
     num_partitions : int
         Number of clients.
     seed : int
@@ -108,8 +109,18 @@ def partition_table(labels: Indices, partitions: Sequence[Indices], num_classes:
 
 
 def _natural(dataset: "Dataset", config: PartitionConfig, num_partitions: int) -> list[Indices]:
-    from flwr_datasets.partitioner import NaturalIdPartitioner
+    values = _column_values(dataset, config)
+    distinct = set(values)
+    if len(distinct) != num_partitions:
+        raise ConfigError(
+            f"partition.column={config.column!r} has {len(distinct)} distinct values and so makes {len(distinct)} "
+            f"clients, but {num_partitions} were started; start {len(distinct)} clients."
+        )
+    return _by_value(values)
 
+
+def _column_values(dataset: "Dataset", config: PartitionConfig) -> list[Any]:
+    """Read the column that separates the clients, or refuse it."""
     columns = [column for column in dataset.column_names if column != "image"]
     if config.column not in columns:
         raise ConfigError(f"partition.column={config.column!r} is not a column of the data: {', '.join(columns)}.")
@@ -119,24 +130,28 @@ def _natural(dataset: "Dataset", config: PartitionConfig, num_partitions: int) -
         raise ConfigError(
             f"partition.column={config.column!r} holds {odd!r}; it needs text or whole numbers in all rows."
         )
-    distinct = set(values)
-    if len(distinct) != num_partitions:
-        raise ConfigError(
-            f"partition.column={config.column!r} has {len(distinct)} distinct values and so makes {len(distinct)} "
-            f"clients, but {num_partitions} were started; start {len(distinct)} clients."
-        )
-    return _apply(NaturalIdPartitioner(partition_by="key"), np.arange(len(dataset)), values, num_partitions)
+    return list(values)
+
+
+def _by_value(values: Sequence[Any]) -> list[Indices]:
+    """Part rows by their value, in the order of the sorted values."""
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    return _apply(NaturalIdPartitioner(partition_by="key"), np.arange(len(values)), values, len(set(values)))
 
 
 def _drawn(dataset: "Dataset", config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
     labels = labels_of(dataset)
     if not 1 <= num_partitions <= len(labels):
         raise ConfigError(f"{len(labels)} images cannot be shared by {num_partitions} clients; start fewer clients.")
-    draw = {"iid": _iid, "dirichlet": _dirichlet, "pathological": _pathological}[config.kind]
+    draw = {"iid": _iid, "dirichlet": _dirichlet, "pathological": _pathological}.get(config.kind)
     try:
         with warnings.catch_warnings():  # the library's hints name its own arguments, not this config's
             warnings.simplefilter("ignore")
-            partitions = draw(labels, config, num_partitions, seed)
+            if draw is not None:
+                partitions = draw(labels, config, num_partitions, seed)
+            else:
+                partitions = _natural_dirichlet(_column_values(dataset, config), labels, config, num_partitions, seed)
     except ValueError as error:
         raise ConfigError(
             f"A {config.kind} partition of {len(labels)} images over {num_partitions} clients failed: {error}"
@@ -176,6 +191,29 @@ def _dirichlet(labels: Indices, config: PartitionConfig, num_partitions: int, se
         return draw(config.min_samples)
     except ValueError:
         return draw(0)  # one draw without the minimum: its sizes tell the user what goes wrong
+
+
+def _natural_dirichlet(
+    values: Sequence[Any], labels: Indices, config: PartitionConfig, num_partitions: int, seed: int
+) -> list[Indices]:
+    """Give each value, in sorted order, clients of its own and spread its images over them by Dirichlet draws."""
+    distinct = sorted(set(values))
+    if num_partitions < len(distinct):
+        raise ConfigError(
+            f"partition.column={config.column!r} has {len(distinct)} distinct values, each of which has clients of its "
+            f"own, but {num_partitions} were started; start at least {len(distinct)} clients."
+        )
+    counts = [len(clients) for clients in np.array_split(np.arange(num_partitions), len(distinct))]
+    partitions: list[Indices] = []
+    for value, rows, count in zip(distinct, _by_value(values), counts, strict=True):
+        if len(rows) < count:
+            raise ConfigError(
+                f"{len(rows)} images with {config.column}={value!r} cannot be shared by {count} clients; "
+                "start fewer clients."
+            )
+        parts = _dirichlet(labels[rows], config, count, derive_seed(seed, "value", value))
+        partitions += [rows[part] for part in parts]
+    return partitions
 
 
 def _pathological(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:

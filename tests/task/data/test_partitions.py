@@ -52,7 +52,7 @@ def assert_same(first, second):
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "natural"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "natural", "natural_dirichlet"])
 @settings(deadline=None, max_examples=15)
 @given(clients=st.integers(1, 6), seed=st.integers(0, 2**63 - 1), alpha=st.floats(0.5, 5))
 def test_partitions_are_disjoint_and_cover_and_follow_the_seed(kind, clients, seed, alpha):
@@ -127,6 +127,53 @@ def test_natural_by_a_column_that_cannot_separate_is_refused(column):
         partition_indices(table(balanced()), PartitionConfig(kind="natural", column=column), 3, seed=0)
     with pytest.raises(ConfigError, match=r"holds None; it needs text or whole numbers in all rows"):
         partition_indices(table(balanced(), ["a", None]), PartitionConfig(kind="natural", column="domain"), 2, seed=0)
+
+
+def test_natural_dirichlet_shares_each_value_among_clients_of_its_own():
+    dataset = table(balanced(each=60))
+    config = PartitionConfig(kind="natural_dirichlet", column="domain", alpha=0.5)
+    partitions = partition_indices(dataset, config, 7, seed=0)
+    domains = [set(dataset.select(indices)["domain"]) for indices in partitions]
+    assert domains == [{"art"}] * 3 + [{"photo"}] * 2 + [{"sketch"}] * 2
+    assert_disjoint_cover(partitions, len(dataset))
+    assert_same(partitions, partition_indices(dataset, config, 7, seed=0))
+    other = partition_indices(dataset, config, 7, seed=1)
+    assert any(not np.array_equal(left, right) for left, right in zip(partitions, other, strict=True))
+
+
+def test_natural_dirichlet_with_a_client_per_value_is_natural():
+    dataset = table(balanced())
+    drawn, natural = (
+        partition_indices(dataset, PartitionConfig(kind=kind, column="domain"), 3, seed=0)
+        for kind in ("natural_dirichlet", "natural")
+    )
+    assert_same(drawn, natural)
+
+
+def test_natural_dirichlet_draws_apart_for_each_value_and_more_skew_for_smaller_alpha():
+    labels = np.repeat(balanced(each=200), 2)
+    dataset = table(labels, ["art", "photo"])
+
+    def counts(alpha):
+        config = PartitionConfig(kind="natural_dirichlet", column="domain", alpha=alpha, min_samples=2)
+        return partition_table(labels, partition_indices(dataset, config, 6, seed=3), 5)
+
+    assert not np.array_equal(counts(1.0)[:3], counts(1.0)[3:])
+    shares = [(found.max(1) / found.sum(1)).mean() for found in map(counts, (0.1, 1.0, 100.0))]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_natural_dirichlet_refuses_with_numbers():
+    config = PartitionConfig(kind="natural_dirichlet", column="domain")
+    with pytest.raises(ConfigError, match=r"'domain' has 3 distinct values, .* but 2 were started; start at least 3"):
+        partition_indices(table(balanced()), config, 2, seed=0)
+    with pytest.raises(ConfigError, match=r"33 images with domain='art' cannot be shared by 34 clients; start fewer"):
+        partition_indices(table(balanced()), config, 100, seed=0)
+    with pytest.raises(ConfigError, match=r"'colour' is not a column of the data: label, domain, row"):
+        partition_indices(table(balanced()), PartitionConfig(kind="natural_dirichlet", column="colour"), 3, seed=0)
+    hopeless = PartitionConfig(kind="natural_dirichlet", column="domain", alpha=0.01, min_samples=15)
+    with pytest.raises(ConfigError, match=r"natural_dirichlet partition leaves a client \d+ .*: (\d+, ){5}\d+\. Start"):
+        partition_indices(table(balanced()), hopeless, 6, seed=0)
 
 
 def test_whole_leaves_every_client_everything():
