@@ -96,7 +96,7 @@ def train_round(message: Message, context: Context) -> Message:
     if instruction.signals.anything:
         generator = generator_for(task.seed, "signals", *purpose)
         arrays[SIGNALS] = recorder.signals(data.train, worker.normaliser, generator)
-        metrics["refused-steps"] = recorder.refused_steps
+        metrics["refused-scores"] = recorder.refused_scores
     metrics |= {"num-examples": len(data.train), "train-loss": outcome.loss, "steps": outcome.steps}
     metrics["seconds"] = time.perf_counter() - began
     return _reply(message, node, worker, metrics, arrays)

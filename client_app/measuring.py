@@ -111,7 +111,7 @@ class Recorder:
             self._moments.add(self._tap.features, labels, chosen)
 
     @property
-    def refused_steps(self) -> int:
+    def refused_scores(self) -> int:
         """How many dot products of the update scores were not finite."""
         return 0 if self._scores is None else int(self._scores.refused.sum())
 

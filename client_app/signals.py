@@ -145,7 +145,8 @@ class UpdateScores:
 def product_change_norm(a0: Tensor, b0: Tensor, a1: Tensor, b1: Tensor) -> Tensor:
     """Frobenius norm ||B1 A1 - B0 A0||_F from the factors, without forming the product.
 
-    With U = [B1, -B0] and V = [A1; A0] the difference is U V, and ||U V||_F^2 = <U^T U, V V^T>.
+    With U = [B1 - B0, B0] and V = [A1; A1 - A0] the difference is U V, and ||U V||_F^2 = <U^T U, V V^T>; so taken,
+    small changes do not cancel.
 
     Parameters
     ----------
@@ -159,7 +160,8 @@ def product_change_norm(a0: Tensor, b0: Tensor, a1: Tensor, b1: Tensor) -> Tenso
     Tensor, float64, []
         The norm.
     """
-    u, v = torch.cat([b1, -b0], dim=1).double(), torch.cat([a1, a0]).double()
+    a0, b0, a1, b1 = a0.double(), b0.double(), a1.double(), b1.double()
+    u, v = torch.cat([b1 - b0, b0], dim=1), torch.cat([a1, a1 - a0])
     square: Tensor = ((u.T @ u) * (v @ v.T)).sum()
     return square.clamp_min(0.0).sqrt()
 

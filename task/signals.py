@@ -115,8 +115,8 @@ def signal_layout(request: SignalRequest, model: Layout) -> Layout:
 
     Raises
     ------
-    ConfigError
-        If the model has no head or no adapter for a signal that is of one.
+    ModelError
+        If the model has no head for a signal that is of one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if request.of_classes:

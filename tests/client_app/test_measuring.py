@@ -201,12 +201,12 @@ def test_dot_products_that_are_not_finite_are_counted(tiny_model):
     layers = lora_layers(tiny_model.layout)
     with Recorder(SignalRequest(update_scores=True), tiny_model, optimizer, 0) as recorder:
         optimizer.step()
-        assert recorder.refused_steps == 0
+        assert recorder.refused_scores == 0
         for spec in (layers[0].a, layers[3].b):
             tiny_model.flat.grad[spec.offset] = float("inf")
         optimizer.step()
-    assert recorder.refused_steps == 2
-    assert Recorder(SignalRequest(gram=True), tiny_model, optimizer, 0).refused_steps == 0
+    assert recorder.refused_scores == 2
+    assert Recorder(SignalRequest(gram=True), tiny_model, optimizer, 0).refused_scores == 0
 
 
 class Inputs:
@@ -254,7 +254,7 @@ def test_gram_matrices_count_only_while_active_and_tapped(tiny_model, images):
     np.testing.assert_allclose(taps.grams[LAYERS[0]], inputs.gram(LAYERS[0], slice(1, 2)), rtol=1e-4, atol=1e-3)
 
 
-def test_with_a_frozen_all_is_of_b_alone(frozen_a_model):
+def test_where_a_is_frozen_signals_are_of_b_alone(frozen_a_model):
     """A's score and norm are zero, the product's norm is that of B, and Gram matrices are of A's outputs."""
     model = filled(frozen_a_model)
     before = model.read()
@@ -498,7 +498,7 @@ def test_a_reply_to_training_carries_the_signals_asked_for(grid, app_model, requ
     counted, examples = found["class-count"].sum(), reply.content[METRICS]["num-examples"]
     assert counted == examples if request_.samples == "all" else 0 < counted < examples
     assert found["score-b"].min() > 0
-    assert reply.content[METRICS]["refused-steps"] == 0
+    assert reply.content[METRICS]["refused-scores"] == 0
     again = ask(grid, 1, MessageType.TRAIN, content(app_model, signals=request_))
     np.testing.assert_array_equal(received_flat(again, size, SIGNALS), signals)
 
@@ -507,7 +507,7 @@ def test_a_reply_to_training_carries_no_signals_where_none_are_asked_for(grid, a
     plain = ask(grid, 1, MessageType.TRAIN, content(app_model))
     measured_too = ask(grid, 1, MessageType.TRAIN, content(app_model, signals=EVERYTHING))
     assert list(plain.content.array_records) == [ARRAYS]
-    assert "refused-steps" not in plain.content[METRICS]
+    assert "refused-scores" not in plain.content[METRICS]
     assert sorted(measured_too.content.array_records) == [ARRAYS, SIGNALS]
     values = [received_flat(reply, app_model.layout.size) for reply in (plain, measured_too)]
     np.testing.assert_array_equal(*values)
