@@ -21,7 +21,7 @@ from task.data.partitions import local_split, partition_indices
 from task.data.sampling import labels_of
 from task.data.sources import load_split, node_location
 from task.device import choose_device
-from task.errors import DataError
+from task.errors import DataError, PetalwiseError
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
 
@@ -120,7 +120,7 @@ class Worker:
         self._backbones = backbones
         self._dataset = load_split(task.dataset, "train", data, derive_seed(task.seed, "dataset"))
         self._clients: OrderedDict[Node, ClientData] = OrderedDict()
-        self._partitions: dict[int, list[np.ndarray]] = {}
+        self._partitions: dict[int, list[np.ndarray] | PetalwiseError] = {}
 
     @cached_property
     def device(self) -> torch.device:
@@ -165,11 +165,7 @@ class Worker:
     def _load(self, node: Node) -> ClientData:
         seed, dataset = self.task.seed, self._dataset
         index, count = partition_of(node, self.task.partition.kind)
-        if count not in self._partitions:
-            self._partitions[count] = partition_indices(
-                dataset, self.task.partition, count, derive_seed(seed, "partition")
-            )
-        mine = self._partitions[count][index]
+        mine = self._partition(count)[index]
         split_seed = derive_seed(seed, "split", node.name)
         fraction = self.task.dataset.client_test_fraction
         train, test = local_split(mine, self._labels, fraction, split_seed)
@@ -178,6 +174,19 @@ class Worker:
             train=decode(dataset.select(train), size).to(self.device),
             test=decode(dataset.select(test), size).to(self.device),
         )
+
+    def _partition(self, count: int) -> list[np.ndarray]:
+        """Draw the partition once; one that cannot be had is refused to every client alike, without another draw."""
+        if count not in self._partitions:
+            seed = derive_seed(self.task.seed, "partition")
+            try:
+                self._partitions[count] = partition_indices(self._dataset, self.task.partition, count, seed)
+            except PetalwiseError as error:
+                self._partitions[count] = error
+        found = self._partitions[count]
+        if isinstance(found, PetalwiseError):
+            raise type(found)(str(found))
+        return found
 
 
 @lru_cache(maxsize=1)

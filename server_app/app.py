@@ -62,7 +62,7 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
     names, test = _classes_and_test_images(settings)
     model = build_model(settings, len(names), backbone_folder({}))
     model.to(choose_device("cpu" if settings.train.device == "cpu" else "auto"))
-    folder = RunFolder(Path(settings.runs_dir), run.strategy.name, run.yaml)
+    folder = RunFolder(Path(settings.runs_dir), run.choice, run.yaml)
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
     reports: list[RoundReport] = []

@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from strategies import STRATEGIES, CalibrationConfig, StrategyConfig
@@ -47,6 +47,8 @@ class ComposedRun:
     """Everything, typed."""
     strategy: StrategyConfig
     """The strategy's options, typed."""
+    choice: str
+    """What ``strategy=`` was given: the name of the strategy, or of a preset such as ``livar_ccvr``."""
     yaml: str
     """The composed config as YAML without interpolations, as saved with the run."""
 
@@ -73,13 +75,13 @@ def compose_run(run_config: Mapping[str, Any], overrides: Sequence[str] = ()) ->
     ConfigError
         Naming the wrong key or value and the choices there are.
     """
-    composed = _compose([*_overrides(run_config), *overrides])
+    composed, choice = _compose([*_overrides(run_config), *overrides])
     settings = typed(RunSettings, OmegaConf.to_container(composed))  # plain, as ``+key=value`` may add unknown keys
     name = settings.strategy.get("name")
     if name not in (names := sorted(STRATEGIES)):
         raise ConfigError(f"strategy.name={name!r} is not one of: {', '.join(names)}.{did_you_mean(str(name), names)}")
     strategy = typed(STRATEGIES[name].Config, settings.strategy, "strategy.")
-    return ComposedRun(settings, strategy, OmegaConf.to_yaml(composed, resolve=True))
+    return ComposedRun(settings, strategy, choice, OmegaConf.to_yaml(composed, resolve=True))
 
 
 def _overrides(run_config: Mapping[str, Any]) -> list[str]:
@@ -96,17 +98,22 @@ def _quoted(value: Any) -> Any:
     return '"' + re.sub(r'(\\*)("|\Z)', lambda match: 2 * match[1] + (match[2] and '\\"'), value) + '"'
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def _compose(overrides: Sequence[str]) -> tuple[DictConfig, str]:
+    """Compose the config, and say which file of ``conf/strategy`` it took."""
     ConfigStore.instance().store(name="schema", node=RunSettings)
     with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base=None):
         try:
-            return compose(config_name="config", overrides=list(overrides))
+            composed = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
         except MissingConfigException as error:
             raise ConfigError(_missing_option(error)) from error
         except HydraException as error:
             raise ConfigError(_wrong_override(error)) from error
         except ValueError as error:  # a group, such as ``train``, set to a number or to null
             raise ConfigError(f"overrides={' '.join(overrides)!r} cannot be used: {error}.") from error
+    choice = str(OmegaConf.select(composed, "hydra.runtime.choices.strategy", default=""))
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed, choice
 
 
 def _missing_option(error: MissingConfigException) -> str:

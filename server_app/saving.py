@@ -113,7 +113,7 @@ def _card(model: AdaptedModel, run: ComposedRun, class_names: list[str], reports
         checkpoint=f"`{settings.backbone.checkpoint}`" if settings.backbone.checkpoint else "",
         mean=settings.backbone.mean,
         std=settings.backbone.std,
-        strategy=run.strategy.name,
+        strategy=run.choice,
         rank=settings.lora.rank,
         targets=", ".join(settings.lora.targets),
         rounds=last.server_round,

@@ -31,6 +31,7 @@ from strategies.replies import (
 )
 from strategies.report import RoundReport
 from task.config import bounded
+from task.errors import ConfigError
 from task.messages import ARRAYS, CONFIG, Instruction
 from task.signals import NOTHING, SignalRequest, signal_layout
 
@@ -74,6 +75,8 @@ class LayerwiseStrategy(Strategy):
     """
 
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
+    lora_merges: ClassVar[tuple[str, ...]] = ("factors", "product_svd")
+    """The values of ``lora.merge`` that the strategy can follow."""
 
     def __init__(
         self,
@@ -197,9 +200,13 @@ class LayerwiseStrategy(Strategy):
         updates, report = collected.good, self.report
         self.report.drop("", collected.dropped)
         if len(updates) < self.config.min_clients:
-            self._note_failed_round(server_round, len(updates))
+            reason = f"{len(updates)} good replies, strategy.min_clients={self.config.min_clients} are needed"
+            self._note_failed_round(server_round, reason)
             return None, None
         merged = self.merge(server_round, updates)
+        if not bool(torch.isfinite(merged).all()):
+            self._note_failed_round(server_round, "the merged model is not finite")
+            return None, None
         if self.keep_updates:
             self.updates, self.received = updates, self.flat
         self.flat, self.failed_rounds, self.merged_rounds = merged, 0, self.merged_rounds + 1
@@ -272,6 +279,11 @@ class LayerwiseStrategy(Strategy):
         """
         self.codec = Codec(initial_arrays, self.context.layout)
         self.flat = self.codec.decode(initial_arrays).clone()
+        if self.context.lora_merge not in self.lora_merges:
+            raise ConfigError(
+                f"{type(self).__name__} merges adapters in its own way: lora.merge={self.context.lora_merge!r} is not "
+                f"one of: {', '.join(self.lora_merges)}."
+            )
         signal_layout(self.asked_signals, self.codec.layout)  # refuses a model that has not what the signals are of
         self.num_rounds = num_rounds
         self.failed_rounds = self.merged_rounds = 0
@@ -320,12 +332,6 @@ class LayerwiseStrategy(Strategy):
         self.check(update)
         return update
 
-    def _note_failed_round(self, server_round: int, found: int) -> None:
+    def _note_failed_round(self, server_round: int, reason: str) -> None:
         self.failed_rounds += 1
-        log(
-            ERROR,
-            "Round %d: %d good replies, strategy.min_clients=%d are needed; the model stays as it was.",
-            server_round,
-            found,
-            self.config.min_clients,
-        )
+        log(ERROR, "Round %d: %s; the model stays as it was.", server_round, reason)

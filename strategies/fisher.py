@@ -34,6 +34,7 @@ class Fisher(LayerwiseStrategy):
     """
 
     Config: ClassVar[type[StrategyConfig]] = FisherConfig
+    lora_merges: ClassVar[tuple[str, ...]] = ("factors",)
     config: FisherConfig
 
     def request(self) -> SignalRequest:

@@ -42,6 +42,7 @@ class RegMean(LayerwiseStrategy):
     """
 
     Config: ClassVar[type[StrategyConfig]] = RegMeanConfig
+    lora_merges: ClassVar[tuple[str, ...]] = ("factors",)
     config: RegMeanConfig
 
     def request(self) -> SignalRequest:

@@ -126,18 +126,30 @@ def check_update(reply: Message, client: str, codec: Codec, base: str, request: 
     if len(arrays) != 1:
         raise MessageError(f"the reply has {len(arrays)} array records, expected one ({ARRAYS!r}).")
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
-    if base:
-        theirs, digest = text_field(received_config(reply), "base"), text_field(config, "layout")
-        if theirs != base:
-            raise MessageError(f"its frozen backbone has hash {theirs[:12]}, the server's {base[:12]}.")
-        if digest != codec.layout.digest:
-            raise MessageError("its adapter has another layout (rank, targets or number of classes) than the server's.")
+    check_base(reply, codec, base)
     metrics = _metrics(reply)
     flat = codec.decode(arrays[0])
     if not bool(torch.isfinite(flat).all()):
         raise MessageError(f"its update is not finite, in {', '.join(_not_finite(flat, codec)[:3])}.")
     signals = check_signals(reply, codec, request)
     return Update(client, flat, _num_examples(metrics), metrics, config, signals)
+
+
+def check_base(reply: Message, codec: Codec, base: str) -> None:
+    """Compare the hash of the frozen weights and the layout, where the server knows a base.
+
+    Raises
+    ------
+    MessageError
+        If they are missing or others.
+    """
+    if base:
+        record = received_config(reply)
+        theirs, digest = text_field(record, "base"), text_field(record, "layout")
+        if theirs != base:
+            raise MessageError(f"its frozen backbone has hash {theirs[:12]}, the server's {base[:12]}.")
+        if digest != codec.layout.digest:
+            raise MessageError("its adapter has another layout (rank, targets or number of classes) than the server's.")
 
 
 def check_signals(reply: Message, codec: Codec, request: SignalRequest) -> dict[str, torch.Tensor]:
@@ -154,14 +166,15 @@ def check_signals(reply: Message, codec: Codec, request: SignalRequest) -> dict[
     return layout.views(tensor_view(received_flat(reply, layout.size, SIGNALS)))
 
 
-def check_moments(reply: Message, codec: Codec, request: SignalRequest) -> dict[str, torch.Tensor]:
-    """Check the class moments that a client measured: counts whole and not negative, the rest finite.
+def check_moments(reply: Message, codec: Codec, base: str, request: SignalRequest) -> dict[str, torch.Tensor]:
+    """Check the class moments that a client measured: base model, counts whole and not negative, the rest finite.
 
     Raises
     ------
     MessageError
         Saying what is wrong with them.
     """
+    check_base(reply, codec, base)
     signals = check_signals(reply, codec, request)
     for name, values in signals.items():
         if not bool(torch.isfinite(values).all()):

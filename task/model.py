@@ -158,7 +158,9 @@ def _check_targets(backbone: nn.Module, head: str, targets: Sequence[str]) -> No
     """Refuse targets by which peft would adapt nothing, or a convolution."""
     modules = {name: module for name, module in backbone.named_modules() if name not in ("", head)}
     is_linear = {name: isinstance(module, nn.Linear) for name, module in modules.items()}
-    for target in targets or [""]:
+    if not targets:
+        raise ModelError("lora.targets: name at least one linear layer, such as attn.qkv.")
+    for target in targets:
         matched = [name for name in is_linear if name == target or name.endswith(f".{target}")]
         other = [name for name in matched if not is_linear[name]]
         if other or not matched:

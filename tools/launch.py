@@ -5,7 +5,7 @@ SuperLink of its own, submits the app, copies the run's log to stdout, stops eve
 
 - 0 only if Flower says ``finished:completed``,
 - 1 if the run failed, was stopped or lasted longer than ``--timeout``, with the reason on stderr,
-- 2 if the run was refused, such as for a run-config key that the app does not declare,
+- 2 if the run was refused, such as for a wrong name or value in its config,
 - 128 plus the number of the signal that interrupted it.
 """
 
@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from task.errors import ConfigError, PetalwiseError
+from tools.check import check_run
 from tools.simulation import RunOutcome, SimulationSuperLink
 
 __all__ = ["RunOutcome", "SimulationSuperLink", "main", "run_app"]
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     try:
         with _signals_raise():
+            check_run(options["app"], options["run_config"], options["clients"])
             outcome = run_app(options.pop("app"), **options, output=sys.stdout)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -69,7 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="petalwise", description="Run a Flower app in simulation, to its true end.")
     add = parser.add_argument
     add("app", nargs="?", type=Path, default=Path(), help="folder of the app's pyproject.toml (default: here)")
-    add("-c", "--run-config", action="append", default=[], help="""as in 'strategy="fedprox"'; may be repeated""")
+    add(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        help="""as in 'strategy="fedprox"'; may be repeated with other keys""",
+    )
     add("--clients", type=int, default=10, metavar="N", help="number of simulated clients (default: 10)")
     add("--cpus-per-client", type=int, default=1, metavar="N", help="CPUs a working client takes (default: 1)")
     add("--gpus-per-client", type=float, default=0.0, metavar="SHARE", help="GPU share it takes (default: 0)")

@@ -219,10 +219,14 @@ class _RunLog:
             print(line.rstrip("\n") if self._colours else plain, file=self._output, flush=True)
 
 
-def _complete_run_config(given: Sequence[str], runs_dir: Path, scratch: Path) -> list[str]:
-    """Return the values for ``--run-config`` with an absolute ``runs-dir``, in a file in `scratch` if given as one."""
-    if len(given) == 1 and given[0].endswith(".toml"):
-        return [str(_complete_run_config_file(Path(given[0]), runs_dir, scratch))]
+def run_config_pairs(given: Sequence[str]) -> dict[str, str]:
+    """Split values of ``--run-config`` into keys and TOML values.
+
+    Raises
+    ------
+    ConfigError
+        On what Flower would ignore: text that is no pair, or a key given twice.
+    """
     values: dict[str, str] = {}
     for line in given:
         if ignored := _PAIR.sub("", line).strip():
@@ -230,7 +234,20 @@ def _complete_run_config(given: Sequence[str], runs_dir: Path, scratch: Path) ->
                 f"Flower would ignore {ignored!r} in --run-config {line!r}: write key=value without spaces around the "
                 "equals sign, and values with spaces in quotes. A .toml file must be the only value."
             )
-        values.update(_PAIR.findall(line))
+        for key, value in _PAIR.findall(line):
+            if key in values:
+                raise ConfigError(
+                    f"--run-config gives {key!r} twice, of which Flower would drop one; put both into one."
+                )
+            values[key] = value
+    return values
+
+
+def _complete_run_config(given: Sequence[str], runs_dir: Path, scratch: Path) -> list[str]:
+    """Return the values for ``--run-config`` with an absolute ``runs-dir``, in a file in `scratch` if given as one."""
+    if len(given) == 1 and given[0].endswith(".toml"):
+        return [str(_complete_run_config_file(Path(given[0]), runs_dir, scratch))]
+    values = run_config_pairs(given)
     if "runs-dir" in values:
         _check_absolute(values["runs-dir"].strip("'\""))
         return list(given)

@@ -32,7 +32,11 @@ def calibrate(strategy: "LayerwiseStrategy", server_round: int, replies: Iterabl
     calibration = strategy.calibration
     assert calibration is not None
     answered, failed = replies_by_client(replies, strategy.directory, strategy.asked)
-    measured = check_all(answered, failed, lambda reply, _: check_moments(reply, strategy.codec, calibration.request))
+    measured = check_all(
+        answered,
+        failed,
+        lambda reply, _: check_moments(reply, strategy.codec, strategy.context.base, calibration.request),
+    )
     strategy.report.drop("calibration: ", measured.dropped)
     found, needed = len(measured.good), strategy.config.min_clients
     if found < needed:

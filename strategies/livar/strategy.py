@@ -103,7 +103,7 @@ class Livar(LayerwiseStrategy):
 
     def evaluation_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Add the sample-weighted products where they are what is evaluated."""
-        if not self._products:
+        if not self._products or not self.merged_rounds:
             return arrays
         return ArrayRecord({**arrays, **{name: Array(factor.numpy()) for name, factor in self._products.items()}})
 

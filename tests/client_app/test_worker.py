@@ -8,7 +8,7 @@ import pytest
 from client_app import worker as worker_module
 from client_app.worker import Node, Worker, partition_of
 from task.config import BackboneConfig, DatasetConfig, PartitionConfig
-from task.errors import DataError, ModelError
+from task.errors import DataError, ModelError, PetalwiseError
 
 
 def node(**node_config):
@@ -105,3 +105,14 @@ def test_size_and_normalisation_left_open_are_those_of_the_pretrained_model(task
     assert worker.normaliser.shift.flatten().tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])
     with pytest.raises(ModelError, match="no timm model"):
         Worker(replace(task, backbone=BackboneConfig(name="nothing")), None, None)
+
+
+def test_a_partition_that_cannot_be_had_is_drawn_once_for_all_clients(task, monkeypatch):
+    draws = []
+    partition_indices = worker_module.partition_indices
+    monkeypatch.setattr(worker_module, "partition_indices", lambda *a: draws.append(1) or partition_indices(*a))
+    worker = Worker(replace(task, partition=PartitionConfig(kind="iid", min_samples=10_000)), None, None)
+    for index in range(3):
+        with pytest.raises(PetalwiseError, match="min_samples"):
+            worker.client_data(node(partition_id=index, num_partitions=3))
+    assert len(draws) == 1

@@ -363,3 +363,14 @@ def test_extra_train_config_reaches_the_clients():
     config = ConfigRecord({"flavour": "rose"})
     make_strategy("fedavg").start(SpyGrid(app, NAMES), initial_arrays(), num_rounds=1, train_config=config)
     assert seen == ["rose"] * len(NAMES)
+
+
+def test_a_merged_model_that_is_not_finite_leaves_the_model_as_it_was():
+    class Overflowing(FedAvg):
+        def merge(self, server_round, updates):
+            return super().merge(server_round, updates) * (3e38 if server_round == 1 else 1)
+
+    strategy = Overflowing(FedAvgConfig(), make_strategy("fedavg").context)
+    _, reports = start(strategy=strategy, rounds=2)
+    assert [report.merged for report in reports] == [False, False, True]
+    np.testing.assert_allclose(strategy.flat, final_flat(initial_arrays()) + 3, rtol=1e-6)

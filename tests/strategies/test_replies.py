@@ -206,7 +206,7 @@ def moments(**found):
 
 
 def test_good_moments_are_taken_as_they_are(codec):
-    found = check_moments(moments(class_count=[0.0, 5.0, 1e6], class_mean=-2.0), codec, MOMENTS)
+    found = check_moments(moments(class_count=[0.0, 5.0, 1e6], class_mean=-2.0), codec, "", MOMENTS)
     assert found["class-count"].tolist() == [0.0, 5.0, 1e6]
     assert set(found["class-mean"].flatten().tolist()) == {-2.0}
     assert found["class-variances"].shape == (3, 4)
@@ -225,7 +225,12 @@ def test_good_moments_are_taken_as_they_are(codec):
 )
 def test_bad_moments_are_refused_with_the_reason(codec, found, reason):
     with pytest.raises(MessageError, match=reason):
-        check_moments(moments(**found), codec, MOMENTS)
+        check_moments(moments(**found), codec, "", MOMENTS)
+
+
+def test_moments_of_another_base_model_are_refused(codec):
+    with pytest.raises(MessageError, match="its frozen backbone has hash"):
+        check_moments(moments(), codec, "cd" * 32, MOMENTS)
 
 
 def evaluation(prefix="", **metrics):

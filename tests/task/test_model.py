@@ -222,7 +222,7 @@ def test_without_dropout_training_mode_computes_the_same(tiny_model, images):
         (["attn.qkv", "fc3"], "'fc3' matches no linear layer."),
         (["kv"], "'kv' matches no linear layer."),
         (["head"], "'head' matches no linear layer."),
-        ([], "'' matches no linear layer."),
+        ([], "name at least one linear layer, such as attn.qkv."),
         (["proj"], "'proj' matches patch_embed.proj, which is no linear layer. The model has: attn.proj"),
         (["norm1"], "'norm1' matches blocks.0.norm1, which is no linear layer."),
     ],

@@ -1,0 +1,55 @@
+"""Mistakes in a run of this app are told before Flower is started."""
+
+import pytest
+
+from task.errors import ConfigError
+from tools.check import APP, check_run
+from tools.launch import main
+
+
+@pytest.mark.parametrize(
+    "run_config",
+    [
+        [],
+        ['strategy="fedprox" seed=3', 'overrides="strategy.proximal_mu=0.1 lora.rank=16"'],
+        ["dataset='image_folder' overrides='dataset.classes=[\"rose, wild\",tulip]'"],
+        ["missing.toml"],
+    ],
+)
+def test_what_can_run_passes(run_config):
+    check_run(APP, run_config, clients=2)
+
+
+@pytest.mark.parametrize(
+    ("run_config", "sentence"),
+    [
+        (["strategy=fedprox"], r"""strategy=fedprox is no TOML value: .* -c 'strategy="fedprox"'"""),
+        (['stratgy="fedprox"'], r"no key 'stratgy'; it has: strategy, .* Did you mean 'strategy'\?"),
+        (['strategy="fedproxx"'], r"strategy='fedproxx' is not one of: .* Did you mean 'fedprox'\?"),
+        (['overrides="train.lrr=1"'], "train has no key 'lrr'"),
+        (['overrides="seed=1"', 'overrides="train.lr=1"'], "gives 'overrides' twice"),
+        (['overrides="strategy.min_clients=3"'], r"2 client\(s\) would be started, but the strategy waits for 3"),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(run_config, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        check_run(APP, run_config, clients=2)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_file_is_checked_too(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('strategy = "fedproxx"\n')
+    with pytest.raises(ConfigError, match="'fedproxx' is not one of"):
+        check_run(APP, [str(file)], clients=2)
+
+
+def test_an_app_of_another_make_is_left_to_flower(tmp_path):
+    check_run(tmp_path, ['anything="goes"'], clients=1)
+
+
+def test_the_launcher_starts_nothing_for_a_mistake(capsys):
+    assert main([str(APP), "-c", 'strategy="livarr"']) == 2
+    captured = capsys.readouterr()
+    assert "'livarr' is not one of" in captured.err
+    assert not captured.out

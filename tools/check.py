@@ -1,0 +1,69 @@
+"""Checks a run of this app before Flower is started: a mistake is told in seconds, in one sentence."""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from server_app.compose import FIRST_CLASS_KEYS, compose_run
+from task.errors import ConfigError, did_you_mean
+from tools.simulation import run_config_pairs
+
+APP = Path(__file__).resolve().parents[1]
+KEYS = (*FIRST_CLASS_KEYS, "overrides")
+
+
+def check_run(app: Path, run_config: Sequence[str], clients: int) -> None:
+    """Check what can be known of a run beforehand; an app of another make is left to Flower.
+
+    Parameters
+    ----------
+    app : Path
+        The app's folder.
+    run_config : Sequence[str]
+        As given to ``flwr run --run-config``.
+    clients : int
+        Number of simulated clients.
+
+    Raises
+    ------
+    ConfigError
+        On a key that the app does not declare, a value that is not TOML, any mistake in the composed config, or fewer
+        clients than the strategy waits for.
+    """
+    if app.resolve() != APP:
+        return
+    values = _values(run_config)
+    for key in values:
+        if key not in KEYS:
+            raise ConfigError(
+                f"The run config has no key {key!r}; it has: {', '.join(KEYS)}. Anything else goes into "
+                f"overrides.{did_you_mean(key, KEYS)}"
+            )
+    strategy = compose_run(values).strategy
+    needed = max(strategy.min_clients, strategy.min_available_clients)
+    if clients < needed:
+        raise ConfigError(
+            f"{clients} client(s) would be started, but the strategy waits for {needed} (strategy.min_clients, "
+            "strategy.min_available_clients)."
+        )
+
+
+def _values(run_config: Sequence[str]) -> dict[str, Any]:
+    """Parse the values as Flower does; those of a file that cannot be read are left to who reads it."""
+    if len(run_config) == 1 and run_config[0].endswith(".toml"):
+        try:
+            return tomllib.loads(Path(run_config[0]).expanduser().read_text())
+        except (OSError, tomllib.TOMLDecodeError):
+            return {}
+    return {key: _value(key, text) for key, text in run_config_pairs(run_config).items()}
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"--run-config {key}={text} is no TOML value: a text needs quotes that the shell leaves in place, as in "
+            f"-c '{key}=\"{text}\"'."
+        ) from error
