@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo debug lint types test test-quick clean
+.PHONY: help setup demo debug explain lint types test test-quick clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -28,6 +28,9 @@ demo: $(STAMP) ## Fine-tune a ViT over 10 simulated clients through flwr run, in
 debug: $(STAMP) ## Run the app in one process without Ray: make debug ARGS="strategy=fedprox".
 	$(BIN)/python -m tools.debug $(ARGS)
 
+explain: $(STAMP) ## Derive a merge table from recorded runs: make explain RUNS="runs/a runs/b" [OUT=folder] [ARGS=...].
+	$(BIN)/python -m tools.explain $(RUNS) --out $(or $(OUT),runs/explain) $(ARGS)
+
 lint: $(STAMP) ## Check style, formatting and the direction of imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,8 +41,8 @@ types: $(STAMP) ## Check types.
 
 test test-quick: export OMP_NUM_THREADS := 1
 
-test: lint types ## Run all checks and all tests (those marked gpu or data where they can run).
-	$(BIN)/pytest
+test: lint types ## Run all checks and all tests, two at a time (those marked gpu or data where they can run).
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
 	$(BIN)/pytest -m "not slow and not e2e"
