@@ -59,15 +59,30 @@ def lora_merge_weights(score_a: Tensor, score_b: Tensor, table: MergeTable = PUB
         Weights that sum to one over clients for every layer.
     """
     finite = torch.isfinite(score_a) & torch.isfinite(score_b)
-    column = _bins(score_a.double(), finite, table.quantiles_a)
-    row = _bins(score_b.double(), finite, table.quantiles_b)
+    column = score_bins(score_a.double(), finite, table.quantiles_a)
+    row = score_bins(score_b.double(), finite, table.quantiles_b)
     u = torch.where(finite, table.tensor[row, column], 0.0)
     total = u.sum(0)
     return torch.where(total > 0, u / total.clamp_min(TINY), 1 / len(u))
 
 
-def _bins(score: Tensor, finite: Tensor, quantiles: list[float]) -> Tensor:
-    """Index the bin of every score: 0 below the first bound, len(quantiles) above the last, ties to the middle."""
+def score_bins(score: Tensor, finite: Tensor, quantiles: list[float]) -> Tensor:
+    """Index the bin of every score: 0 below the first bound, len(quantiles) above the last, ties to the middle.
+
+    Parameters
+    ----------
+    score : Tensor, float64, [clients, layers]
+        Scores.
+    finite : Tensor, bool, [clients, layers]
+        Which of them the quantiles are taken over.
+    quantiles : list[float]
+        Ascending, in (0, 1); none makes one bin.
+
+    Returns
+    -------
+    Tensor, int64, [clients, layers]
+        Bins.
+    """
     if not finite.any() or not quantiles:
         return torch.zeros_like(score, dtype=torch.int64)
     bounds = torch.quantile(score[finite], torch.tensor(quantiles, dtype=score.dtype))

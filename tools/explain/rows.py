@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from strategies.livar import MergeTable
-from strategies.livar.weights import _bins as score_bins
+from strategies.livar.weights import score_bins
 from task.errors import ConfigError
 from task.units import lora_layers
 from tools.explain.records import MIN_RECORDS, Record, Run, layer_place
