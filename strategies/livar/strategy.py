@@ -83,7 +83,8 @@ class Livar(LayerwiseStrategy):
 
     def check(self, update: Update) -> None:
         """Refuse an update without a number of steps where scores are taken per step."""
-        if self.config.scores == "per_layer" and number_field(update.metrics, "steps") < 1:
+        per_step = self.config.adapter == "table" and self.config.scores == "per_layer"
+        if per_step and number_field(update.metrics, "steps") < 1:
             raise MessageError("its number of steps is not positive.")
 
     def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
@@ -172,7 +173,11 @@ class Livar(LayerwiseStrategy):
         number = self.report.server_round
         if bad := [u.client for u, row in zip(updates, finite, strict=True) if not bool(row.all())]:
             log(WARNING, "Round %d: client %s: update scores that are not finite do not count.", number, ", ".join(bad))
-        if len(updates) > 1 and all(bool((s[finite] == s[finite][:1]).all()) for s in (score_a, score_b)):
+        if (
+            len(updates) > 1
+            and bool(finite.any())
+            and all(bool((s[finite] == s[finite][:1]).all()) for s in (score_a, score_b))
+        ):
             log(INFO, "Round %d: all update scores are equal; the adapter is merged uniformly.", number)
 
 

@@ -91,7 +91,7 @@ def test_a_refusal_says_key_value_and_what_is_allowed(key, value, sentence):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"lora": {"x": 8}}, "lora has no key 'x'; it has: rank, alpha, dropout, targets, units."),
+        ({"lora": {"x": 8}}, "lora has no key 'x'; it has: rank, alpha, dropout, targets, units, merge, freeze_a."),
         ({"train": {"momentun": 0}}, "train has no key 'momentun'; it has: "),
         ({"lora.x": {}}, "The config has no key 'lora.x'; it has: backbone, lora, dataset, partition, train, seed."),
         ({"strategy": {}}, "The config has no key 'strategy'; it has: "),
