@@ -10,23 +10,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from client_app.exchanging import Exchanger, received_values
+from client_app.kept import Keeper
 from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
 from client_app.training import train
 from client_app.worker import Node, Worker, worker_for, worker_name
+from task.arrays import FLAT, flat_to_array
 from task.data.batches import train_batches
 from task.errors import MessageError, PetalwiseError
 from task.evaluation import Score, evaluate
 from task.messages import (
     ARRAYS,
     CONFIG,
-    FLAT,
     METRICS,
     SIGNALS,
     Instruction,
     classes_digest,
-    flat_to_array,
     received_config,
-    received_flat,
     text_field,
 )
 from task.seeding import derive_seed, generator_for
@@ -73,7 +73,10 @@ def train_round(message: Message, context: Context) -> Message:
     """Train on this client's images and answer with adapter and head."""
     began = time.perf_counter()
     node, worker, instruction = _prepare(message, context)
-    data, task = worker.client_data(node), worker.task
+    data, task, exchange = worker.client_data(node), worker.task, instruction.exchange
+    keeper = Keeper(node.state, exchange.run, node.name)
+    exchanger = Exchanger(worker.model, exchange, keeper, instruction.server_round)
+    optimizer_state = exchanger.receive(message)
     metrics: dict[str, int | float] = {}
     if instruction.evaluate == "received":
         score = evaluate(worker.model, data.test, worker.normaliser)
@@ -91,11 +94,11 @@ def train_round(message: Message, context: Context) -> Message:
     )
     since = last_epoch_start(len(data.train), task.train)
     with Recorder(instruction.signals, worker.model, worker.optimizer, since) as recorder:
-        outcome = train(worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder)
-    arrays = {ARRAYS: worker.model.read()}
+        outcome = train(worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state)
+    arrays = {ARRAYS: exchanger.send(worker.optimizer)}
     if instruction.signals.anything:
         generator = generator_for(task.seed, "signals", *purpose)
-        arrays[SIGNALS] = recorder.signals(data.train, worker.normaliser, generator)
+        arrays[SIGNALS] = _record(recorder.signals(data.train, worker.normaliser, generator))
         metrics["refused-scores"] = recorder.refused_scores
     metrics |= {"num-examples": len(data.train), "train-loss": outcome.loss, "steps": outcome.steps}
     metrics["seconds"] = time.perf_counter() - began
@@ -108,13 +111,14 @@ def measure(message: Message, context: Context) -> Message:
     """Measure the class signals of the received model on this client's training images, without training."""
     began = time.perf_counter()
     node, worker, instruction = _prepare(message, context)
+    worker.model.put(received_values(message, worker.model, instruction.exchange), None)
     request, data = instruction.signals, worker.client_data(node).train
     if not request.without_training:
         raise MessageError("Without training only class signals, taken=after, can be measured.")
     found = class_signals(request, worker.model, data, worker.normaliser)
     signals = packed(found, request, worker.model)
     metrics = {"num-examples": len(data), "seconds": time.perf_counter() - began}
-    return _reply(message, node, worker, metrics, {SIGNALS: signals})
+    return _reply(message, node, worker, metrics, {SIGNALS: _record(signals)})
 
 
 @app.evaluate()
@@ -122,21 +126,21 @@ def measure(message: Message, context: Context) -> Message:
 def evaluate_round(message: Message, context: Context) -> Message:
     """Evaluate the received model on this client's own test images."""
     began = time.perf_counter()
-    node, worker, _ = _prepare(message, context)
+    node, worker, instruction = _prepare(message, context)
+    worker.model.put(received_values(message, worker.model, instruction.exchange), None)
     metrics = _score_metrics(evaluate(worker.model, worker.client_data(node).test, worker.normaliser))
     metrics["seconds"] = time.perf_counter() - began
     return _reply(message, node, worker, metrics)
 
 
 def _prepare(message: Message, context: Context) -> tuple[Node, Worker, Instruction]:
-    """Find this process's worker and copy the received values into its model."""
+    """Find this process's worker for what the message asks."""
     instruction = Instruction.from_record(received_config(message))
     node = Node.from_config(context.node_config, context.node_id)
     worker = worker_for(instruction.task, node.data, node.backbones)
     layout = worker.model.layout
     if instruction.layout != layout.digest:
         raise MessageError("The server's adapter has another layout than this client's (rank, targets or classes).")
-    worker.model.load(received_flat(message, layout.size))
     return node, worker, instruction
 
 
@@ -144,12 +148,16 @@ def _score_metrics(score: Score) -> dict[str, int | float]:
     return {"num-examples": score.num_examples, "accuracy": score.accuracy, "loss": score.loss}
 
 
+def _record(values: np.ndarray) -> ArrayRecord:
+    return ArrayRecord({FLAT: flat_to_array(values)})
+
+
 def _reply(
     message: Message,
     node: Node,
     worker: Worker,
     metrics: dict[str, int | float],
-    arrays: dict[str, np.ndarray] | None = None,
+    arrays: dict[str, ArrayRecord] | None = None,
 ) -> Message:
     config = {
         "client": node.name,
@@ -158,6 +166,6 @@ def _reply(
         "worker": worker_name(),
     }
     content = RecordDict({CONFIG: ConfigRecord(dict(config)), METRICS: MetricRecord(dict(metrics))})
-    for name, values in (arrays or {}).items():
-        content[name] = ArrayRecord({FLAT: flat_to_array(values)})
+    for name, record in (arrays or {}).items():
+        content[name] = record
     return Message(content, reply_to=message)

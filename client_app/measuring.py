@@ -157,7 +157,9 @@ class Recorder:
             return class_signals(self._request, self._model, data, normaliser) if self._request.of_classes else {}
         moments = self._moments
         found = {"class-count": moments.count, "class-variance": moments.variance()}
-        return found | {"class-mean": moments.mean, "class-variances": moments.variances()}
+        if self._request.class_moments != "none":
+            found |= {"class-mean": moments.mean, "class-variances": moments.variances()}
+        return found
 
 
 def packed(found: dict[str, Tensor], request: SignalRequest, model: AdaptedModel) -> np.ndarray:
@@ -285,7 +287,7 @@ def fisher_diagonal(
 
 
 def last_epoch_start(num_images: int, train: TrainConfig) -> int:
-    """Step, from 0, since which a round's remaining steps are one epoch or, if it has fewer in all, the whole round."""
+    """Step, from 0, with which a round's last epoch begins, whether or not ``max_steps`` lets it end."""
     epoch = math.ceil(num_images / train.batch_size)
     total = min(epoch * train.local_epochs, train.max_steps or epoch * train.local_epochs)
-    return total - min(epoch, total)
+    return (total - 1) // epoch * epoch

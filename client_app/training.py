@@ -1,7 +1,7 @@
 """Local training of adapter and head."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,21 +38,24 @@ def train(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     proximal_mu: float = 0.0,
     recorder: Recorder | None = None,
+    optimizer_state: Mapping[str, torch.Tensor] | None = None,
 ) -> TrainOutcome:
-    """Train adapter and head in place, starting with a fresh optimizer state.
+    """Train adapter and head in place.
 
     Parameters
     ----------
     model : AdaptedModel
         Holds the received values; is put into training mode.
     optimizer : Optimizer
-        Over ``model.flat``; its state is dropped first.
+        Over ``model.flat``; its state is replaced first.
     batches : Iterable[tuple[Tensor, Tensor]]
         Normalised images [b, 3, h, w] and labels [b], on the model's device.
     proximal_mu : float
         Weight of mu/2 ||w - w_received||^2 (FedProx); 0 leaves it out.
     recorder : Recorder, optional
         Sees every batch.
+    optimizer_state : Mapping[str, Tensor], optional
+        The optimizer's state of ``model.flat`` to go on from; by default a fresh one.
 
     Returns
     -------
@@ -65,8 +68,10 @@ def train(
         If a loss is not finite, before the optimizer steps.
     """
     model.module.train()
-    optimizer.state.clear()
     flat, gradient = model.flat, model.flat.grad
+    optimizer.state.clear()
+    if optimizer_state:
+        optimizer.state[flat] = {name: value.to(flat.device) for name, value in optimizer_state.items()}
     assert gradient is not None
     received = flat.detach().clone() if proximal_mu else None
     total, seen, steps = 0.0, 0, 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from client_app.kept import state_folder
 from client_app.training import make_optimizer
 from task.backbone import backbone_folder, resolved
 from task.config import TaskConfig, task_from_json
@@ -43,6 +44,8 @@ class Node:
     """Where its data lies, for data sets that lie on disk."""
     backbones: Path | None
     """Where its backbone files lie."""
+    state: Path
+    """Where it keeps what it needs in later rounds."""
 
     @staticmethod
     def from_config(node_config: Mapping[str, object], node_id: int) -> "Node":
@@ -54,6 +57,7 @@ class Node:
             num_partitions=str(node_config.get("num-partitions", "")),
             data=node_location(node_config),
             backbones=backbone_folder(node_config),
+            state=state_folder(node_config),
         )
 
 

@@ -1,5 +1,6 @@
 """The Flower ServerApp: composes the config, picks the strategy, runs the rounds, keeps the run folder."""
 
+import uuid
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
@@ -12,15 +13,16 @@ from server_app.compose import ComposedRun, compose_run
 from server_app.progress import Progress
 from server_app.run_folder import RunFolder
 from server_app.saving import save_adapter
-from strategies import STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
+from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
+from task.arrays import FLAT, flat_to_array
 from task.backbone import backbone_folder, resolved
 from task.config import TaskConfig, task_to_json
 from task.data.images import ImageSet, decode
 from task.data.sources import DATA_VARIABLE, load_split, node_location
 from task.device import choose_device
 from task.errors import PetalwiseError
-from task.messages import FLAT, classes_digest, flat_to_array
+from task.messages import classes_digest
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
 
@@ -79,11 +81,15 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
 
 
 def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str]) -> LayerwiseStrategy:
-    settings = run.settings
+    """Make the strategy; the run gets a random name, under which clients keep things for it."""
+    settings, lineage = run.settings, uuid.uuid4().hex
     task, classes = task_to_json(settings), classes_digest(names)
-    context = TaskContext(task, model.layout, model.base, classes, settings.seed, settings.lora.merge)
+    context = TaskContext(
+        task, model.layout, model.base, classes, settings.seed, settings.lora.merge, settings.wire, lineage
+    )
     calibration = Calibration(settings.calibration) if settings.calibration.name == "ccvr" else None
-    return STRATEGIES[run.strategy.name](run.strategy, context, calibration, keep_updates=settings.record_updates)
+    schedule = SCHEDULES[run.schedule.name](run.schedule)
+    return STRATEGIES[run.strategy.name](run.strategy, context, calibration, schedule, settings.record_updates)
 
 
 def _run_rounds(

@@ -6,11 +6,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
+from task.arrays import FLAT, array_to_flat
 from task.config import TaskConfig
 from task.data.batches import Normaliser
 from task.data.images import ImageSet
 from task.evaluation import evaluate
-from task.messages import FLAT, array_to_flat
 from task.model import AdaptedModel
 from task.units import lora_layers
 

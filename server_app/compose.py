@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -12,10 +12,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from strategies import STRATEGIES, CalibrationConfig, StrategyConfig
+from strategies import SCHEDULES, STRATEGIES, CalibrationConfig, ScheduleConfig, StrategyConfig
 from task.config import TaskConfig, bounded, explained, first_line, typed
 from task.errors import ConfigError, did_you_mean
+from task.wire import WireConfig
 
+T = TypeVar("T")
 CONF_FOLDER = Path(__file__).resolve().parents[1] / "conf"
 FIRST_CLASS_KEYS = ("strategy", "backbone", "dataset", "partition", "num-server-rounds", "seed", "runs-dir")
 _WORD = re.compile(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\S)+""")  # ends at a blank outside of quotes
@@ -27,6 +29,10 @@ class RunSettings(TaskConfig):
 
     strategy: dict[str, Any] = field(default_factory=dict)
     """Options of the strategy; checked against the schema of the strategy named in ``strategy.name``."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Which layer units travel when; checked against the schema of the schedule named in ``schedule.name``."""
+    wire: WireConfig = field(default_factory=WireConfig)
+    """How adapter and head travel."""
     num_server_rounds: int = bounded(5, at_least=1)
     """Number of server rounds."""
     round_timeout: float = bounded(3600.0, above=0.0)
@@ -47,6 +53,8 @@ class ComposedRun:
     """Everything, typed."""
     strategy: StrategyConfig
     """The strategy's options, typed."""
+    schedule: ScheduleConfig
+    """The schedule's options, typed."""
     choice: str
     """What ``strategy=`` was given: the name of the strategy, or of a preset such as ``livar_ccvr``."""
     yaml: str
@@ -77,11 +85,24 @@ def compose_run(run_config: Mapping[str, Any], overrides: Sequence[str] = ()) ->
     """
     composed, choice = _compose([*_overrides(run_config), *overrides])
     settings = typed(RunSettings, OmegaConf.to_container(composed))  # plain, as ``+key=value`` may add unknown keys
-    name = settings.strategy.get("name")
-    if name not in (names := sorted(STRATEGIES)):
-        raise ConfigError(f"strategy.name={name!r} is not one of: {', '.join(names)}.{did_you_mean(str(name), names)}")
-    strategy = typed(STRATEGIES[name].Config, settings.strategy, "strategy.")
-    return ComposedRun(settings, strategy, choice, OmegaConf.to_yaml(composed, resolve=True))
+    kind = _named("strategy", settings.strategy, STRATEGIES)
+    strategy = typed(kind.Config, settings.strategy, "strategy.")
+    schedule = typed(_named("schedule", settings.schedule, SCHEDULES).Config, settings.schedule, "schedule.")
+    if kind.freezes_a and not settings.lora.freeze_a:
+        raise ConfigError(f"strategy={choice} needs lora.freeze_a=true: without it A would be trained and averaged.")
+    if settings.record_updates and schedule.name != "every_round":
+        raise ConfigError(
+            f"record_updates=true needs schedule=every_round, not {schedule.name}: records are of all units."
+        )
+    return ComposedRun(settings, strategy, schedule, choice, OmegaConf.to_yaml(composed, resolve=True))
+
+
+def _named(group: str, options: Mapping[str, Any], registry: Mapping[str, T]) -> T:
+    """Find what ``<group>.name`` names in a registry."""
+    name, names = options.get("name"), sorted(registry)
+    if not isinstance(name, str) or name not in registry:
+        raise ConfigError(f"{group}.name={name!r} is not one of: {', '.join(names)}.{did_you_mean(str(name), names)}")
+    return registry[name]
 
 
 def _overrides(run_config: Mapping[str, Any]) -> list[str]:

@@ -4,11 +4,14 @@ from strategies.base import LayerwiseStrategy, StrategyConfig
 from strategies.ccvr import Calibration, CalibrationConfig
 from strategies.context import TaskContext
 from strategies.fedavg import FedAvg, FedAvgConfig
+from strategies.fedlama import FedLama, FedLamaConfig
+from strategies.fedluar import FedLuar, FedLuarConfig
 from strategies.fedprox import FedProx, FedProxConfig
 from strategies.ffa_lora import FfaLora, FfaLoraConfig
 from strategies.fisher import Fisher, FisherConfig
 from strategies.livar import Livar, LivarConfig
 from strategies.regmean import RegMean, RegMeanConfig
+from strategies.schedule import Schedule, ScheduleConfig
 
 STRATEGIES: dict[str, type[LayerwiseStrategy]] = {
     "fedavg": FedAvg,
@@ -20,12 +23,20 @@ STRATEGIES: dict[str, type[LayerwiseStrategy]] = {
 }
 """Strategy classes by the name that ``strategy=`` takes."""
 
+SCHEDULES: dict[str, type[Schedule]] = {"every_round": Schedule, "fedlama": FedLama, "fedluar": FedLuar}
+"""Schedule classes by the name that ``schedule=`` takes; any goes with any strategy."""
+
 __all__ = [
+    "SCHEDULES",
     "STRATEGIES",
     "Calibration",
     "CalibrationConfig",
     "FedAvg",
     "FedAvgConfig",
+    "FedLama",
+    "FedLamaConfig",
+    "FedLuar",
+    "FedLuarConfig",
     "FedProx",
     "FedProxConfig",
     "FfaLora",
@@ -37,6 +48,8 @@ __all__ = [
     "LivarConfig",
     "RegMean",
     "RegMeanConfig",
+    "Schedule",
+    "ScheduleConfig",
     "StrategyConfig",
     "TaskContext",
 ]

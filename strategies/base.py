@@ -1,6 +1,7 @@
 """The strategy that all others refine: stable identities, checked replies, one flat model, serialisable state."""
 
 import dataclasses
+import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +31,10 @@ from strategies.replies import (
     replies_by_client,
 )
 from strategies.report import RoundReport
+from strategies.schedule import Schedule
 from task.config import bounded
 from task.errors import ConfigError
+from task.exchange import Exchange
 from task.messages import ARRAYS, CONFIG, Instruction
 from task.signals import NOTHING, SignalRequest, signal_layout
 
@@ -54,7 +57,7 @@ class StrategyConfig:
     """End the run after so many successive rounds with too few good replies."""
     evaluate_clients: str = bounded("phase", choices=("phase", "train", "off"))
     """Evaluate on the clients' own test images in a phase of its own, along with training (of the model a client
-    receives, so one round late, and in a phase after the last round), or not at all."""
+    receives, so one round late; in the last round by a phase after it instead), or not at all."""
     evaluate_every: int = bounded(1, at_least=1)
     """Evaluate every so many rounds, and after the last."""
 
@@ -70,6 +73,8 @@ class LayerwiseStrategy(Strategy):
         The task; without it the strategy works with any Flower app that exchanges float32 arrays.
     calibration : Calibration, optional
         Recalibrates the head after the rounds in which it is due.
+    schedule : Schedule, optional
+        Says which units travel when; by default all in every round.
     keep_updates : bool
         Hold the last round's updates, and the model they started from, in :attr:`updates` and :attr:`received`.
     """
@@ -77,24 +82,30 @@ class LayerwiseStrategy(Strategy):
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
     lora_merges: ClassVar[tuple[str, ...]] = ("factors", "product_svd")
     """The values of ``lora.merge`` that the strategy can follow."""
+    freezes_a: ClassVar[bool] = False
+    """Whether ``lora.freeze_a=true`` is part of the strategy."""
 
     def __init__(
         self,
         config: StrategyConfig | None = None,
         context: TaskContext | None = None,
         calibration: Calibration | None = None,
+        schedule: Schedule | None = None,
         keep_updates: bool = False,
     ) -> None:
         self.config = self.Config() if config is None else config
         self.context = TaskContext() if context is None else context
         self.calibration = calibration
+        self.schedule = Schedule() if schedule is None else schedule
         self.keep_updates = keep_updates
         self.updates: list[Update] = []
         self.received = torch.empty(0)
         self.directory = ClientDirectory()
         self.flat = torch.empty(0)
+        self.run = ""
         self.server_round = 0
         self.failed_rounds = 0
+        self.last_failure = ""
         self.merged_rounds = 0
         self.num_rounds = 0
         self.asked: list[str] = []
@@ -108,14 +119,27 @@ class LayerwiseStrategy(Strategy):
 
     def instruction(self, server_round: int) -> Instruction:
         """Say what clients shall do in a round."""
-        evaluate = self.config.evaluate_clients == "train" and self.evaluates_after(server_round - 1)
+        along = self.config.evaluate_clients == "train" and server_round < self.num_rounds
+        evaluate = along and self.evaluates_after(server_round - 1)
         return Instruction(
             server_round,
             self.context.task,
             self.codec.layout.digest,
             evaluate="received" if evaluate else "none",
             signals=self.asked_signals,
+            exchange=self.exchange(server_round),
         )
+
+    def exchange(self, server_round: int) -> Exchange:
+        """Say which units travel in a round, how, and what clients keep."""
+        planned = self.schedule.exchange(server_round)
+        named = planned.start or planned.keep or self.codec.wire.lossy
+        return replace(planned, run=self.run if named else "", wire=self.codec.wire)
+
+    def without_training(self, server_round: int) -> Instruction:
+        """Say what clients shall know in a phase that does not train: they get the whole model and keep nothing."""
+        wire = Exchange(run=self.run if self.codec.wire.lossy else "", wire=self.codec.wire)
+        return Instruction(server_round, self.context.task, self.codec.layout.digest, exchange=wire)
 
     def request(self) -> SignalRequest:
         """Say what clients shall measure along with training; nothing by default."""
@@ -155,6 +179,7 @@ class LayerwiseStrategy(Strategy):
             "server_round": self.server_round,
             "failed_rounds": self.failed_rounds,
             "merged_rounds": self.merged_rounds,
+            "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,10 +188,13 @@ class LayerwiseStrategy(Strategy):
         self.server_round = state["server_round"]
         self.failed_rounds = state["failed_rounds"]
         self.merged_rounds = state["merged_rounds"]
+        self.schedule.load_state_dict(state["schedule"])
 
     def evaluates_after(self, server_round: int) -> bool:
-        """Tell whether the model of a round is evaluated."""
-        return server_round % self.config.evaluate_every == 0 or server_round == self.num_rounds
+        """Tell whether the model of the last round is evaluated: in every so many rounds, once all units are new."""
+        every, before = self.config.evaluate_every, server_round - self.schedule.span
+        due = server_round // every > before // every or server_round == self.num_rounds
+        return due and self.schedule.complete
 
     # --- Flower's interface --------------------------------------------------------------------------------
 
@@ -183,13 +211,7 @@ class LayerwiseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Make the messages that ask this round's cohort to train."""
-        cohort = draw_cohort(
-            self.directory.identities,
-            self.config.fraction_train,
-            self.config.min_clients,
-            self.context.seed,
-            server_round,
-        )
+        cohort = self.schedule.cohort(server_round, self._draw)
         return self.messages(MessageType.TRAIN, cohort, server_round, arrays, config)
 
     def aggregate_train(
@@ -207,6 +229,7 @@ class LayerwiseStrategy(Strategy):
         if not bool(torch.isfinite(merged).all()):
             self._note_failed_round(server_round, "the merged model is not finite")
             return None, None
+        report.details |= self.schedule.merged(server_round, self.flat, merged, updates)
         if self.keep_updates:
             self.updates, self.received = updates, self.flat
         self.flat, self.failed_rounds, self.merged_rounds = merged, 0, self.merged_rounds + 1
@@ -224,7 +247,8 @@ class LayerwiseStrategy(Strategy):
         due = (mode == "phase" and self.evaluates_after(server_round)) or (mode == "train" and last)
         if not due:
             return []
-        return self.messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config)
+        instruction = self.without_training(server_round)
+        return self.messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config, instruction)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the evaluations and take their unweighted mean."""
@@ -277,8 +301,8 @@ class LayerwiseStrategy(Strategy):
             If fewer than ``min_clients`` clients can take part, too many successive rounds had too few good
             replies, or no round had enough.
         """
-        self.codec = Codec(initial_arrays, self.context.layout)
-        self.flat = self.codec.decode(initial_arrays).clone()
+        self.codec = Codec(initial_arrays, self.context.layout, self.context.wire)
+        self.flat = self.codec.initial.clone()
         if self.context.lora_merge not in self.lora_merges:
             raise ConfigError(
                 f"{type(self).__name__} merges adapters in its own way: lora.merge={self.context.lora_merge!r} is not "
@@ -286,6 +310,8 @@ class LayerwiseStrategy(Strategy):
             )
         signal_layout(self.asked_signals, self.codec.layout)  # refuses a model that has not what the signals are of
         self.num_rounds = num_rounds
+        self.run = self.context.run or uuid.uuid4().hex
+        self.schedule.begin(self.codec.layout, num_rounds, self.context.seed)
         self.failed_rounds = self.merged_rounds = 0
         self.summary()
         configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
@@ -306,6 +332,8 @@ class LayerwiseStrategy(Strategy):
         self.asked = list(clients)
         asked = self.instruction(server_round) if instruction is None else instruction
         record = ConfigRecord({**config, **asked.to_record()})
+        if asked.exchange.down is not None or self.codec.wire.lossy:
+            arrays = self.codec.to_send(self.flat, asked.exchange.down)
         return [
             Message(
                 RecordDict({ARRAYS: self.content_for(client, arrays), CONFIG: record}),
@@ -327,11 +355,29 @@ class LayerwiseStrategy(Strategy):
             self.report.evaluated(evaluations.good, self.server_round - 1)
         return updates
 
+    def _draw(self, server_round: int) -> list[str]:
+        """Draw the cohort of a round from the clients that are there."""
+        share, least, seed = self.config.fraction_train, self.config.min_clients, self.context.seed
+        return draw_cohort(self.directory.identities, share, least, seed, server_round)
+
     def _checked_update(self, reply: Message, client: str) -> Update:
-        update = check_update(reply, client, self.codec, self.context.base, self.asked_signals)
+        """Check a reply; units that it was not asked for are those of the model before the round.
+
+        Rounded values are changes, and are added to the server's own values, which are not rounded.
+        """
+        units = self.schedule.exchange(self.server_round).up
+        update = check_update(reply, client, self.codec, self.context.base, self.asked_signals, units)
+        if units is not None or self.codec.wire.lossy:
+            flat, sent = self.flat.clone(), update.flat
+            if self.codec.wire.lossy:
+                sent = sent + self.codec.layout.take(flat, units)
+            self.codec.layout.put(flat, units, sent)
+            update = replace(update, flat=flat)
         self.check(update)
         return update
 
     def _note_failed_round(self, server_round: int, reason: str) -> None:
         self.failed_rounds += 1
+        self.last_failure = reason
+        self.schedule.failed(server_round)
         log(ERROR, "Round %d: %s; the model stays as it was.", server_round, reason)

@@ -58,6 +58,8 @@ class Refusal:
     """The identity it gave, or its node id."""
     reason: str
     """A sentence for people."""
+    name_taken: bool = False
+    """Whether it would be welcome if no other node had its name; it is asked again once that node has left."""
 
 
 @dataclass
@@ -93,7 +95,11 @@ class ClientDirectory:
         """
         online = set(grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
-        self.refused = {node: refusal for node, refusal in self.refused.items() if node in online}
+        self.refused = {
+            node: refusal
+            for node, refusal in self.refused.items()
+            if node in online and (refusal.client in self.nodes or not refusal.name_taken)
+        }
         content = RecordDict({CONFIG: ConfigRecord({"task": context.task, "layout": layout})})
         waiting = sorted(online - set(self.nodes.values()) - set(self.refused))
         messages = [Message(content, node, IDENTIFY) for node in waiting]
@@ -101,7 +107,7 @@ class ClientDirectory:
             return []
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        answers = {asked[reply.metadata.reply_to_message_id]: reply for reply in replies}
+        answers = {asked.get(reply.metadata.reply_to_message_id): reply for reply in replies}
         known = set(self.refused)
         for node in waiting:
             self._admit(node, answers.get(node), context, layout)
@@ -127,10 +133,7 @@ class ClientDirectory:
 
     def identity_of(self, reply: Message) -> str | None:
         """Tell whose reply this is, also of an error reply; None if it answers nothing that was sent."""
-        sent_to = self._sent.get(reply.metadata.reply_to_message_id)
-        if sent_to is not None:
-            return sent_to
-        return next((name for name, node in self.nodes.items() if node == reply.metadata.src_node_id), None)
+        return self._sent.get(reply.metadata.reply_to_message_id)
 
     def _admit(self, node: int, reply: Message | None, context: TaskContext, layout: str) -> None:
         if reply is None or reply.has_error():
@@ -142,10 +145,11 @@ class ClientDirectory:
             problem = str(record.get("error") or "") or _name_problem(name) or _difference(record, context, layout)
         except MessageError as error:
             name, problem = f"node-{node}", str(error)
-        if not problem and name in self.nodes:
+        name_taken = not problem and name in self.nodes
+        if name_taken:
             problem = f"another node has the name {name!r} already; give every node its own `name` or `partition-id`"
         if problem:
-            self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH])
+            self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH], name_taken)
         else:
             self.nodes[name] = node
 

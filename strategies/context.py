@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from task.units import Layout
+from task.wire import EXACT, WireConfig
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,7 @@ class TaskContext:
     """Seed of the cohorts."""
     lora_merge: str = "factors"
     """How adapters are averaged: A and B apart (``factors``), or their product by its best factors."""
+    wire: WireConfig = EXACT
+    """How adapter and head travel."""
+    run: str = ""
+    """Name of the run, under which clients keep things for it; empty: a random one is made up."""

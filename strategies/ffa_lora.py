@@ -21,3 +21,4 @@ class FfaLora(FedAvg):
     """
 
     Config: ClassVar[type[StrategyConfig]] = FfaLoraConfig
+    freezes_a: ClassVar[bool] = True

@@ -13,12 +13,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from strategies.ccvr.phase import calibrate, calibration_messages
+from strategies.codec import Codec
 from strategies.cohort import grouped
 from strategies.replies import first_metrics
 from strategies.report import RoundReport
 from task.errors import TooFewClientsError
+from task.exchange import EVERYTHING, Exchange
 from task.messages import ARRAYS, CONFIG, content_bytes
-from task.units import Layout
+from task.wire import num_bytes
 
 if TYPE_CHECKING:
     from strategies.base import LayerwiseStrategy
@@ -63,7 +65,7 @@ class RoundLoop:
         return result
 
     def _wait_for_clients(self) -> None:
-        """Wait until enough clients have said who they are; give up at once if all that did are refused."""
+        """Wait until enough clients have said who they are; give up at once if as many are here but all refused."""
         directory, config = self.strategy.directory, self.strategy.config
         needed = max(config.min_available_clients, config.min_clients)
         began = last_said = time.monotonic()
@@ -72,7 +74,7 @@ class RoundLoop:
             found, now = len(directory.nodes), time.monotonic()
             if found >= needed:
                 return
-            if now - began > config.wait_for_clients or (directory.refused and not found):
+            if now - began > config.wait_for_clients or (len(directory.refused) >= needed and not found):
                 break
             if now - last_said >= SECONDS_BETWEEN_NOTES:
                 log(INFO, "Waiting for clients: %d of %d are here.", found, needed)
@@ -100,10 +102,10 @@ class RoundLoop:
         strategy, seconds = self.strategy, self.strategy.report.seconds
         strategy.server_round = server_round
         self._discover()
+        exchange = strategy.schedule.exchange(server_round)
         with self._timed("train"):
-            replies = self._exchange(
-                strategy.configure_train(server_round, result.arrays, self.train_config, self.grid)
-            )
+            messages = strategy.configure_train(server_round, result.arrays, self.train_config, self.grid)
+            replies = self._exchange(messages, exchange)
         seconds["wait"] = round(max(0.0, seconds["train"] - _busiest_worker_seconds(replies)), 4)
         with self._timed("aggregate"):
             arrays, metrics = strategy.aggregate_train(server_round, replies)
@@ -115,10 +117,12 @@ class RoundLoop:
         messages = calibration_messages(self.strategy, server_round, result.arrays)
         if not messages:
             return
+        self.strategy.report.details["calibrated"] = False
         with self._timed("calibrate"):
             arrays = calibrate(self.strategy, server_round, self._exchange(messages))
         if arrays is not None:
             result.arrays = arrays
+            self.strategy.report.details["calibrated"] = True
 
     def _evaluate(self, server_round: int, result: Result) -> None:
         """Let clients evaluate, in rounds where they do so in a phase of its own."""
@@ -140,16 +144,16 @@ class RoundLoop:
             central = {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
             self.strategy.report.central = central
 
-    def _exchange(self, messages: list[Message]) -> list[Message]:
+    def _exchange(self, messages: list[Message], units: Exchange = EVERYTHING) -> list[Message]:
         """Send messages and wait for the replies, counting the bytes of both."""
-        report, layout = self.strategy.report, self.strategy.codec.layout
+        report, codec = self.strategy.report, self.strategy.codec
         report.bytes_down += sum(content_bytes(message.content) for message in messages)
-        _count_units(report.bytes_down_by_unit, messages, layout)
+        _count_units(report.bytes_down_by_unit, messages, codec, units.down)
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
         self.strategy.directory.remember(messages, self.strategy.asked)
         received = [reply for reply in replies if reply.has_content()]
         report.bytes_up += sum(content_bytes(reply.content) for reply in received)
-        _count_units(report.bytes_up_by_unit, received, layout)
+        _count_units(report.bytes_up_by_unit, received, codec, units.up)
         return replies
 
     def _stop_if_hopeless(self, server_round: int) -> None:
@@ -160,8 +164,8 @@ class RoundLoop:
             return
         reasons = grouped(strategy.report.clients_dropped)
         raise TooFewClientsError(
-            f"{strategy.failed_rounds} successive round(s) up to round {server_round} had fewer than "
-            f"strategy.min_clients={strategy.config.min_clients} good replies. Last reasons: {reasons or 'none given'}"
+            f"{strategy.failed_rounds} successive round(s) up to round {server_round} did not change the model. "
+            f"The last: {strategy.last_failure}. Replies that did not count: {reasons or 'none'}"
         )
 
     @contextmanager
@@ -185,8 +189,10 @@ def _busiest_worker_seconds(replies: Iterable[Message]) -> float:
     return max(busy.values(), default=0.0)
 
 
-def _count_units(total: dict[str, int], messages: Iterable[Message], layout: Layout) -> None:
-    """Add the float32 bytes of every unit for each message that carries the model."""
+def _count_units(
+    total: dict[str, int], messages: Iterable[Message], codec: Codec, units: tuple[str, ...] | None
+) -> None:
+    """Add the bytes of every unit that travels, for each message that carries the model."""
     carrying = sum(ARRAYS in message.content.array_records for message in messages)
-    for unit, part in layout.slices.items():
-        total[unit] = total.get(unit, 0) + 4 * carrying * (part.stop - part.start)
+    for unit in codec.layout.units if units is None else units:
+        total[unit] = total.get(unit, 0) + carrying * num_bytes(codec.layout.part([unit]), codec.wire)

@@ -96,7 +96,7 @@ def merge_products(merged: Tensor, vectors: Sequence[Tensor], weights: Tensor, l
         new_a, new_b, residual = product_svd(a, b, column)
         merged[part_of(layer.a)], merged[part_of(layer.b)] = new_a.flatten(), new_b.flatten()
         residuals.append(residual)
-    return torch.stack(residuals)
+    return torch.stack(residuals) if residuals else torch.zeros(0, dtype=torch.float64)
 
 
 def product_svd(a: Sequence[Tensor], b: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,7 +60,7 @@ class RegMean(LayerwiseStrategy):
         if len(updates) == 1:
             return updates[0].flat.clone()
         layout, vectors = self.codec.layout, [update.flat for update in updates]
-        merged = torch.empty_like(self.flat)
+        merged = self.flat.clone()
         merge_others(merged, vectors, sample_weights([update.num_examples for update in updates]), layout)
         residuals = [self._merge_layer(merged, vectors, updates, layer) for layer in lora_layers(layout)]
         self._merge_head(merged, vectors, updates)
@@ -120,13 +120,17 @@ def least_squares(weights: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
     Tensor, float64, [out, in]
         W*.
     """
-    products = [w.double() @ g for w, g in zip(weights, grams, strict=True)]
-    return _right_divided(torch.stack(products).sum(0), grams)
+    numerator = torch.zeros(weights[0].shape, dtype=torch.float64)
+    for w, g in zip(weights, grams, strict=True):
+        numerator.addmm_(w.double(), g)
+    return _right_divided(numerator, grams)
 
 
 def _right_divided(numerator: Tensor, grams: Sequence[Tensor]) -> Tensor:
     """Return numerator (sum_m G_m)^-1 with a small ridge; zero where no client had any input."""
-    total = torch.stack(list(grams)).sum(0)
+    total = torch.zeros_like(grams[0])
+    for gram in grams:
+        total.add_(gram)
     ridge = (RIDGE * total.diagonal().mean()).clamp_min(torch.finfo(torch.float64).tiny)
     total.diagonal().add_(ridge)
     solved: Tensor = torch.linalg.solve(total, numerator, left=False)

@@ -11,8 +11,9 @@ from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from strategies.codec import Codec, tensor_view
+from strategies.codec import Codec
 from strategies.cohort import MAX_REASON_LENGTH, ClientDirectory, identity_order
+from task.arrays import tensor_view
 from task.errors import MessageError
 from task.messages import (
     ARRAYS,
@@ -25,6 +26,7 @@ from task.messages import (
     text_field,
 )
 from task.signals import NOTHING, SignalRequest, signal_layout
+from task.units import Layout
 
 MAX_EXAMPLES = 10**9
 
@@ -114,8 +116,17 @@ def replies_by_client(
     )
 
 
-def check_update(reply: Message, client: str, codec: Codec, base: str, request: SignalRequest = NOTHING) -> Update:
+def check_update(
+    reply: Message,
+    client: str,
+    codec: Codec,
+    base: str,
+    request: SignalRequest = NOTHING,
+    units: Sequence[str] | None = None,
+) -> Update:
     """Check a train reply: keys, shapes, dtypes, finite values, number of examples, base model, shape of the signals.
+
+    The update's ``flat`` holds only what was sent: the ``units`` asked for, or all (None).
 
     Raises
     ------
@@ -128,9 +139,11 @@ def check_update(reply: Message, client: str, codec: Codec, base: str, request: 
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
     check_base(reply, codec, base)
     metrics = _metrics(reply)
-    flat = codec.decode(arrays[0])
+    flat = codec.decode(arrays[0], units)
     if not bool(torch.isfinite(flat).all()):
-        raise MessageError(f"its update is not finite, in {', '.join(_not_finite(flat, codec)[:3])}.")
+        raise MessageError(
+            f"its update is not finite, in {', '.join(_not_finite(flat, codec.layout.part(units))[:3])}."
+        )
     signals = check_signals(reply, codec, request)
     return Update(client, flat, _num_examples(metrics), metrics, config, signals)
 
@@ -243,6 +256,6 @@ def _num_examples(metrics: MetricRecord, key: str = "num-examples") -> int:
     return int(count)
 
 
-def _not_finite(flat: torch.Tensor, codec: Codec) -> list[str]:
+def _not_finite(flat: torch.Tensor, layout: Layout) -> list[str]:
     """Name the units that hold NaN or infinity."""
-    return [unit for unit, values in codec.layout.unit_views(flat).items() if not bool(torch.isfinite(values).all())]
+    return [unit for unit, values in layout.unit_views(flat).items() if not bool(torch.isfinite(values).all())]

@@ -24,6 +24,10 @@ class MessageError(PetalwiseError):
     """A message or reply whose content is not what the contract asks for."""
 
 
+class StateError(PetalwiseError):
+    """State that a client or the server cannot keep or read."""
+
+
 class TooFewClientsError(PetalwiseError):
     """Too few clients gave usable replies for the run to go on."""
 

@@ -6,7 +6,6 @@ and compare its digest. Nothing received is unpickled; sizes are checked before 
 """
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from task.arrays import FLAT, array_to_flat
 from task.errors import MessageError
+from task.exchange import EVERYTHING, Exchange
 from task.signals import NOTHING, SignalRequest, request_from_json
 
 ARRAYS, CONFIG, METRICS, SIGNALS = "arrays", "config", "metrics", "signals"
-FLAT = "flat"
 IDENTIFY = "query.identify"
 MEASURE = "query.measure"
 EVALUATIONS = ("none", "received")
@@ -41,6 +41,8 @@ class Instruction:
     """``received``: also evaluate the received model on the client's test images, before training."""
     signals: SignalRequest = NOTHING
     """What to measure and send along."""
+    exchange: Exchange = EVERYTHING
+    """Which units travel, and what the client keeps."""
 
     def to_record(self) -> ConfigRecord:
         """Write the instruction as a Flower record."""
@@ -52,6 +54,7 @@ class Instruction:
                 "proximal-mu": self.proximal_mu,
                 "evaluate": self.evaluate,
                 "signals": self.signals.to_json(),
+                **self.exchange.to_fields(),
             }
         )
 
@@ -76,6 +79,7 @@ class Instruction:
             proximal_mu=mu,
             evaluate=evaluate,
             signals=request_from_json(text_field(record, "signals")),
+            exchange=Exchange.from_record(record),
         )
 
 
@@ -98,57 +102,6 @@ def number_field(record: ConfigRecord | MetricRecord, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise MessageError(f"{key!r} is {value!r}, not a finite number.")
     return value
-
-
-def flat_to_array(flat: np.ndarray) -> Array:
-    """Serialise a flat float32 array with a single copy (NumPy's .npy format, as Flower's own)."""
-    header = io.BytesIO()
-    flat = np.ascontiguousarray(flat, dtype=np.float32)
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(flat))
-    data = b"".join((header.getvalue(), flat.data))
-    return Array(dtype="float32", shape=tuple(flat.shape), stype="numpy.ndarray", data=data)
-
-
-def array_to_flat(array: Array, size: int) -> np.ndarray:
-    """View a received array as flat float32 values [size]; see :func:`array_values`."""
-    return array_values(array, (size,))
-
-
-def array_values(array: Array, shape: tuple[int, ...]) -> np.ndarray:
-    """View a received array as float32 values, without copying or allocating.
-
-    Parameters
-    ----------
-    array : Array
-        As received.
-    shape : tuple[int, ...]
-        The shape it must have.
-
-    Returns
-    -------
-    ndarray, float32, of that shape
-        A read-only view of the received bytes.
-
-    Raises
-    ------
-    MessageError
-        If format, dtype, shape or number of bytes are not exactly what is expected.
-    """
-    buffer = io.BytesIO(array.data)
-    try:
-        if np.lib.format.read_magic(buffer) != (1, 0):
-            raise ValueError("it is not in version 1.0 of NumPy's format")
-        found, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
-    except Exception as error:  # NumPy's parser raises many unrelated types on broken headers
-        raise MessageError(f"The array's header cannot be read: {error}") from error
-    if dtype != np.dtype("<f4") or (fortran_order and len(shape) > 1):
-        raise MessageError(f"The array has dtype {dtype}, expected float32 in C order.")
-    if found != shape:
-        raise MessageError(f"The array has shape {list(found)}, expected {list(shape)}.")
-    start, size = buffer.tell(), math.prod(shape)
-    if len(array.data) - start != 4 * size:
-        raise MessageError(f"The array holds {len(array.data) - start} bytes, expected {4 * size}.")
-    return np.frombuffer(array.data, dtype=np.float32, offset=start).reshape(shape)
 
 
 def flat_content(array: Array, instruction: Instruction) -> RecordDict:

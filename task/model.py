@@ -1,5 +1,6 @@
 """A backbone with a LoRA adapter, its trainable tensors lying in one flat array."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class AdaptedModel:
             np.copyto(self.flat.detach().numpy(), flat)
         else:
             self.flat.detach().copy_(torch.from_numpy(np.array(flat)))
+
+    def put(self, values: torch.Tensor, units: Sequence[str] | None) -> None:
+        """Copy some of the units into place, one after another in the values; None stands for all."""
+        self.layout.put(self.flat.detach(), units, values)
 
     def read(self) -> np.ndarray:
         """Copy adapter and head out as float32 [layout.size]."""
@@ -150,8 +155,19 @@ def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) 
     backbone = build_backbone(task.backbone, num_classes, folder, task.seed)
     base, head = base_hash(backbone), head_name(backbone)
     module = add_adapter(backbone, task.lora, task.seed).eval()
+    if task.lora.freeze_a:
+        base = _with_frozen_factors(base, module)
     shapes = {canonical_name(name): p.shape for name, p in module.named_parameters() if p.requires_grad}
     return AdaptedModel(module, make_layout(shapes, task.lora.units, head), base)  # type: ignore[arg-type]
+
+
+def _with_frozen_factors(base: str, module: peft.PeftModel) -> str:
+    """Digest the hash of the backbone together with the matrices A that nobody trains or sends."""
+    digest = hashlib.sha256(base.encode())
+    for name, parameter in module.named_parameters():
+        if ".lora_A." in name:
+            digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_targets(backbone: nn.Module, head: str, targets: Sequence[str]) -> None:

@@ -57,6 +57,16 @@ class SignalRequest:
         others = self.update_scores or self.update_norms or self.gram or self.fisher_samples > 0
         return self.of_classes and self.taken == "after" and not others
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured along with training, by a ConfigError."""
+        if self.taken == "training" and (self.model == "frozen" or self.images == "raw"):
+            raise ConfigError(
+                "Signals of the frozen model or of raw images are taken after training, not along with it (LIVAR: "
+                "strategy.variance_taken=after)."
+            )
+        if self.taken == "training" and self.class_moments == "full":
+            raise ConfigError("Full covariances are taken after training, not along with it.")
+
     def to_json(self) -> str:
         """Serialise the request: the options that are not the defaults."""
         default = SignalRequest()
@@ -87,12 +97,7 @@ def request_from_json(text: str) -> SignalRequest:
         raise ConfigError("The received request for signals is not a JSON object.")
     if "${" in decoded:
         raise ConfigError("The received request for signals holds an interpolation; it was not read.")
-    request = typed(SignalRequest, values, "signals.")
-    if request.taken == "training" and (request.model, request.images) != ("adapted", "normalised"):
-        raise ConfigError("Signals of the frozen model or of raw images are taken after training, not along with it.")
-    if request.taken == "training" and request.class_moments == "full":
-        raise ConfigError("Full covariances are taken after training, not along with it.")
-    return request
+    return typed(SignalRequest, values, "signals.")
 
 
 @lru_cache(maxsize=16)

@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -77,6 +77,32 @@ class Layout:
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """View the flat array as named tensors, without copying."""
         return {spec.name: flat[spec.offset : spec.offset + spec.size].view(spec.shape) for spec in self.tensors}
+
+    def part(self, units: Sequence[str] | None) -> "Layout":
+        """Lay some of the units out by themselves, in the order they have here; None stands for all."""
+        if units is None:
+            return self
+        specs, offset = [], 0
+        for spec in self.tensors:
+            if spec.unit in units:
+                specs.append(replace(spec, offset=offset))
+                offset += spec.size
+        return Layout(tuple(specs))
+
+    def take(self, flat: torch.Tensor, units: Sequence[str] | None) -> torch.Tensor:
+        """Copy some of the units out, one after another; all of them (None) are the array itself, not a copy."""
+        if units is None:
+            return flat
+        return torch.cat([flat[:0], *(flat[part] for unit, part in self.slices.items() if unit in units)])
+
+    def put(self, flat: torch.Tensor, units: Sequence[str] | None, values: torch.Tensor) -> None:
+        """Overwrite some of the units by values that :meth:`take` gave."""
+        offset = 0
+        for unit, part in self.slices.items():
+            if units is None or unit in units:
+                size = part.stop - part.start
+                flat[part].copy_(values[offset : offset + size])
+                offset += size
 
     def unit_views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """View the flat array as one 1-D tensor per unit, without copying."""

@@ -33,8 +33,9 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def no_folders_of_this_machine(monkeypatch):
-    """Whoever runs the tests may have set these for real runs."""
+def no_folders_of_this_machine(monkeypatch, tmp_path_factory):
+    """Whoever runs the tests may have set these for real runs; clients' state goes to a folder of the tests."""
+    monkeypatch.setenv("PETALWISE_STATE", str(tmp_path_factory.getbasetemp()))
     monkeypatch.delenv("PETALWISE_BACKBONES", raising=False)
     monkeypatch.delenv("PETALWISE_DATA", raising=False)
 

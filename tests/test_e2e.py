@@ -69,7 +69,6 @@ def test_a_run_completes_and_has_the_same_bits_as_in_one_process(superlink, tmp_
     ("pairs", "reasons"),
     [
         (['strategy="fedavgg"'], ["fedavgg", "fedavg", "fedprox"]),
-        (['overrides="train.lrr=1"'], ["train has no key 'lrr'", "weight_decay"]),
         (['overrides="partition.min_samples=900"'], ["partition.min_samples", "min_clients"]),
     ],
 )

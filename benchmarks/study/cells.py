@@ -1,6 +1,5 @@
 """The cells of a study: which there are, in which order, and the run config of each."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -93,8 +92,13 @@ def run_config_of(study: Study, cell: Cell) -> dict[str, Any]:
     return {**config, "strategy": method.strategy, "seed": cell.seed, "overrides": " ".join(overrides)}
 
 
-def digest_of(study: Study, cell: Cell) -> str:
-    """Compute the SHA-256 of a cell's composed config and number of clients.
+def config_of(study: Study, cell: Cell) -> dict[str, Any]:
+    """Compose a cell's config.
+
+    Returns
+    -------
+    dict[str, Any]
+        As plain values; wherever its results lie plays no part.
 
     Raises
     ------
@@ -107,13 +111,42 @@ def digest_of(study: Study, cell: Cell) -> str:
         composed = json.loads(_composed(json.dumps(run_config, sort_keys=True)))
     except ConfigError as error:
         raise ConfigError(f"{cell.key}: {error}") from error
-    return config_digest({**composed, "seed": seed}, clients_of(study, cell))
+    return without_folder({**composed, "seed": seed})
 
 
-def config_digest(config: Mapping[str, Any], clients: int) -> str:
-    """Compute the SHA-256 of a composed config, wherever its results lie, and the number of clients."""
-    plain = {key: value for key, value in config.items() if key != "runs_dir"}
-    return hashlib.sha256(json.dumps([plain, clients], sort_keys=True).encode()).hexdigest()
+def without_folder(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out where a run's results lie."""
+    return {key: value for key, value in config.items() if key != "runs_dir"}
+
+
+def same_config(kept: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> bool:
+    """Tell whether a run with one composed config would be the run with another.
+
+    Parameters
+    ----------
+    kept : Mapping[str, Any]
+        Of a run in the past.
+    now : Mapping[str, Any]
+        As composed today. A key that ``kept`` has not, since the app had it not, must have its default value.
+    default : Mapping[str, Any], optional
+        The values of a run without any options; by default composed.
+
+    Returns
+    -------
+    bool
+        Whether they are the same.
+    """
+    default = json.loads(_composed("{}")) if default is None else default
+    for key, value in now.items():
+        if key not in kept:
+            same = value == default.get(key)
+        elif isinstance(value, dict) and isinstance(kept[key], dict):
+            same = same_config(kept[key], value, default.get(key) or {})
+        else:
+            same = kept[key] == value
+        if not same:
+            return False
+    return kept.keys() <= now.keys()
 
 
 @cache

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.study.cells import Cell, Values, digest_of, tuning_cells
+from benchmarks.study.cells import Cell, Values, clients_of, config_of, same_config, tuning_cells
 from benchmarks.study.results import CellResult, Store
 from benchmarks.study.study import Study
 
@@ -46,7 +46,9 @@ class Ledger:
     def result(self, cell: Cell) -> CellResult | None:
         """Return what is kept of a cell, finished or not, if it comes from the config that the cell has now."""
         kept = self.store.read(cell.key)
-        return kept if kept is not None and kept.config_sha256 == digest_of(self.study, cell) else None
+        if kept is None or kept.clients != clients_of(self.study, cell):
+            return None
+        return kept if same_config(kept.config, config_of(self.study, cell)) else None
 
     def choice(self, method: str) -> Choice | None:
         """Choose the tuned values of a method; None before all have been tried, or if none could finish.

@@ -30,8 +30,8 @@ class CellResult:
     """Number of simulated clients."""
     values: dict[str, Any]
     """Values of the tuned options."""
-    config_sha256: str
-    """SHA-256 of the composed config and the number of clients; another config makes it a cell to be run."""
+    config: dict[str, Any]
+    """The composed config; another config or number of clients makes it a cell to be run."""
     status: str
     """``finished``; ``refused``: the app said before training why it cannot run, as where a partition leaves a client
     too few images; ``failed``: anything else."""

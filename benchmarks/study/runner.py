@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from fnmatch import fnmatchcase
 
-from benchmarks.study.cells import Cell, compared_cells, digest_of, shown, tuning_cells
+from benchmarks.study.cells import Cell, compared_cells, config_of, shown, tuning_cells
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.results import CellResult
 from benchmarks.study.running import Link, run_cell
@@ -56,7 +56,7 @@ class StudyRunner:
             example = compared_cells(self.study)[0].key
             raise ConfigError(f"--only {self._only!r} matches none of the cells, which are named like {example}.")
         for cell in found:
-            digest_of(self.study, cell)
+            config_of(self.study, cell)
         return found
 
     def run(self) -> bool:

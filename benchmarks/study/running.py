@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
-from benchmarks.study.cells import Cell, clients_of, config_digest, digest_of, run_config_of
+from benchmarks.study.cells import Cell, clients_of, config_of, run_config_of, without_folder
 from benchmarks.study.results import FAILED, FINISHED, REFUSED, CellResult, Store, measured, run_folder_in
 from benchmarks.study.study import Study
 from task.errors import ConfigError, PetalwiseError
@@ -76,7 +76,7 @@ def run_cell(link: Link, study: Study, cell: Cell, store: Store) -> tuple[CellRe
         status = REFUSED if refused else FAILED
         return replace(result, status=status, reason=str(error), seconds=seconds), not refused
     ended = _finished if outcome.completed else _unfinished
-    return replace(result, seconds=round(outcome.seconds, 1), **ended(outcome, runs_dir, result.clients)), False
+    return replace(result, seconds=round(outcome.seconds, 1), **ended(outcome, runs_dir)), False
 
 
 def git_state() -> tuple[str, bool]:
@@ -102,7 +102,7 @@ def _blank(study: Study, cell: Cell) -> CellResult:
         seed=cell.seed,
         clients=clients_of(study, cell),
         values=dict(cell.values),
-        config_sha256=digest_of(study, cell),
+        config=config_of(study, cell),
         status=FAILED,
         commit=commit,
         dirty=dirty,
@@ -118,7 +118,7 @@ def _write_run_config(study: Study, cell: Cell, runs_dir: Path) -> Path:
     return path
 
 
-def _finished(outcome: RunOutcome, runs_dir: Path, clients: int) -> dict[str, Any]:
+def _finished(outcome: RunOutcome, runs_dir: Path) -> dict[str, Any]:
     """Read what a completed run has measured and delete its adapter."""
     folder = run_folder_in(runs_dir)
     if folder is None:
@@ -126,14 +126,14 @@ def _finished(outcome: RunOutcome, runs_dir: Path, clients: int) -> dict[str, An
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, dict)
-    digest = config_digest({str(key): value for key, value in config.items()}, clients)  # of what has really run
-    found = {**measured(folder / "metrics.jsonl"), "config_sha256": digest}
+    ran = without_folder({str(key): value for key, value in config.items()})
+    found = {**measured(folder / "metrics.jsonl"), "config": ran}
     if found["final"] is None:
         return {**found, "reason": "The server evaluated nothing after the last round."}
     return {**found, "status": FINISHED}
 
 
-def _unfinished(outcome: RunOutcome, runs_dir: Path, clients: int) -> dict[str, Any]:
+def _unfinished(outcome: RunOutcome, runs_dir: Path) -> dict[str, Any]:
     """Keep the log of a run that did not complete, and find the reason in it."""
     (runs_dir / "log.txt").write_text(outcome.log, encoding="utf-8")
     stopped = outcome.log.partition(STOPS)[2].splitlines()

@@ -83,8 +83,8 @@ class Calibration:
             A copy; the same values if no client has a sample of any class.
         """
         spread = "class-covariance" if self.config.covariance == "full" else "class-variances"
-        count, mean, sigma = (torch.stack([m[key] for m in moments]) for key in ("class-count", "class-mean", spread))
-        components = gaussians(count, mean, sigma, self.config.mixture)
+        count, mean = (torch.stack([client[key] for client in moments]) for key in ("class-count", "class-mean"))
+        components = gaussians(count, mean, [client[spread] for client in moments], self.config.mixture)
         result = flat.clone()
         if components:
             weight, bias = head_specs(layout)

@@ -36,44 +36,48 @@ class Gaussian:
         return self.mean + torch.randn(count, self.factor.shape[1], generator=generator) @ self.factor.T
 
 
-def pooled(count: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pool clients' moments: those of all samples of a class taken together.
+def pooled(count: Tensor, mean: Tensor, spread: Sequence[Tensor]) -> tuple[float, Tensor, Tensor]:
+    """Pool clients' moments of one class: those of all its samples taken together.
 
-    N_c = sum_m n_mc, mu_c = sum_m n_mc / N_c mu_mc, and
-    Sigma_c = sum_m [(n_mc - 1) Sigma_mc + n_mc (mu_mc - mu_c)(mu_mc - mu_c)^T] / (N_c - 1), which is the paper's
-    equation 4 without its cancellation.
+    N = sum_m n_m, mu = sum_m n_m / N mu_m, and
+    Sigma = sum_m [(n_m - 1) Sigma_m + n_m (mu_m - mu)(mu_m - mu)^T] / (N - 1), which is the paper's equation 4 without
+    its cancellation.
 
     Parameters
     ----------
-    count : Tensor, [clients, classes]
-        n_mc.
-    mean : Tensor, [clients, classes, d]
-        mu_mc.
-    spread : Tensor, [clients, classes, d] or [clients, classes, d, d]
-        Unbiased variances or covariances Sigma_mc; of a single sample they play no part.
+    count : Tensor, [clients]
+        n_m.
+    mean : Tensor, [clients, d]
+        mu_m.
+    spread : Sequence[Tensor], each [d] or [d, d]
+        Unbiased variances or covariances Sigma_m; of a single sample they play no part.
 
     Returns
     -------
-    tuple[Tensor, Tensor, Tensor]
-        N_c [classes], mu_c [classes, d] and Sigma_c [classes, d] or [classes, d, d], float64; 0 where there is nothing.
+    tuple[float, Tensor, Tensor]
+        N, mu [d] and Sigma [d] or [d, d], float64; 0 where there is nothing.
     """
-    n, mu, sigma = count.double(), mean.double(), spread.double()
-    total = n.sum(0)
-    centre = (n[..., None] * mu).sum(0) / total.clamp_min(1.0)[:, None]
+    n, mu = count.double(), mean.double()
+    total = float(n.sum())
+    centre = n @ mu / max(total, 1.0)
     apart = mu - centre
-    between = apart[..., :, None] * apart[..., None, :] if sigma.dim() == 4 else apart.square()
-    tail = (1,) * (sigma.dim() - 2)
-    scatter = (n - 1).clamp_min(0.0).view(*n.shape, *tail) * sigma + n.view(*n.shape, *tail) * between
-    return total, centre, scatter.sum(0) / (total - 1).clamp_min(1.0).view(-1, *tail)
+    scatter = n @ apart.square() if spread[0].dim() == 1 else (apart * n[:, None]).T @ apart
+    for known, sigma in zip((n - 1).clamp_min(0.0).tolist(), spread, strict=True):
+        scatter.add_(sigma, alpha=known)
+    return total, centre, scatter / max(total - 1, 1.0)
 
 
-def gaussians(count: Tensor, mean: Tensor, spread: Tensor, mixture: bool) -> list[Gaussian]:
+def gaussians(count: Tensor, mean: Tensor, spread: Sequence[Tensor], mixture: bool) -> list[Gaussian]:
     """Make one Gaussian per class, or with ``mixture`` one per class and client, of the classes that clients cover.
 
     Parameters
     ----------
-    count, mean, spread : Tensor
-        As in :func:`pooled`.
+    count : Tensor, [clients, classes]
+        Samples.
+    mean : Tensor, [clients, classes, d]
+        Means.
+    spread : Sequence[Tensor], each [classes, d] or [classes, d, d]
+        Unbiased variances or covariances of every client; read class by class, since covariances are large.
     mixture : bool
         Keep the clients apart, weighted by their samples.
 
@@ -82,16 +86,19 @@ def gaussians(count: Tensor, mean: Tensor, spread: Tensor, mixture: bool) -> lis
     list[Gaussian]
         By class, and by client within a class.
     """
-    total = count.double().sum(0)
-    if not mixture:
-        _, centre, covariance = pooled(count, mean, spread)
-        count, mean, spread = total[None], centre[None], covariance[None]
     found = []
     for label in range(count.shape[1]):
-        for n, mu, sigma in zip(count[:, label].tolist(), mean[:, label], spread[:, label], strict=True):
-            if n > 0:
-                spread_known = sigma if n > 1 else torch.zeros_like(sigma)
-                found.append(Gaussian(label, n / float(total[label]), mu.float(), _factor(spread_known)))
+        holders = torch.nonzero(count[:, label] > 0).flatten().tolist()
+        if not holders:
+            continue
+        n, mu, sigma = count[holders, label], mean[holders, label], [spread[client][label] for client in holders]
+        if mixture:
+            for own, m, s in zip(n.tolist(), mu, sigma, strict=True):
+                known = s if own > 1 else torch.zeros_like(s)
+                found.append(Gaussian(label, own / float(n.sum()), m.float(), _factor(known)))
+        else:
+            _, centre, covariance = pooled(n, mu, sigma)
+            found.append(Gaussian(label, 1.0, centre.float(), _factor(covariance)))
     return found
 
 

@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 
 def calibration_messages(strategy: "LayerwiseStrategy", server_round: int, arrays: ArrayRecord) -> list[Message]:
-    """Make the messages that ask every client to measure the merged model, in rounds where calibration is due."""
+    """Make the messages that ask every client to measure the merged model, in rounds where calibration is due.
+
+    A round that did not change the model is not calibrated, unless it is the last and an earlier one did.
+    """
     calibration = strategy.calibration
-    if calibration is None or not calibration.due(server_round, strategy.num_rounds):
+    if calibration is None or not calibration.due(server_round, strategy.num_rounds) or not strategy.schedule.complete:
         return []
-    instruction = replace(strategy.instruction(server_round), evaluate="none", signals=calibration.request)
+    if not (strategy.report.merged or (server_round == strategy.num_rounds and strategy.merged_rounds)):
+        return []
+    instruction = replace(strategy.without_training(server_round), signals=calibration.request)
     clients = strategy.directory.identities
     return strategy.messages(MEASURE, clients, server_round, arrays, ConfigRecord(), instruction)
 

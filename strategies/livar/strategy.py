@@ -93,7 +93,7 @@ class Livar(LayerwiseStrategy):
         shares = sample_weights([update.num_examples for update in updates])
         samples = torch.tensor(shares, dtype=torch.float64)
         head, adapter = self._head_weights(updates, samples), self._adapter_weights(updates, samples)
-        merged = torch.empty_like(self.flat)
+        merged = self.flat.clone()
         merge_others(merged, vectors, shares, layout)
         self.merge_adapters(merged, vectors, adapter)
         merge_head(merged, vectors, head, self.flat, layout)

@@ -7,21 +7,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from client_app.app import app
 from client_app.worker import Node, worker_for
 from server_app.compose import compose_run
+from task.arrays import FLAT, flat_to_array
 from task.config import task_to_json
 from task.data.sources import DATA_VARIABLE
 from task.errors import DataError
-from task.messages import (
-    ARRAYS,
-    CONFIG,
-    FLAT,
-    IDENTIFY,
-    METRICS,
-    Instruction,
-    classes_digest,
-    flat_content,
-    flat_to_array,
-    received_flat,
-)
+from task.messages import ARRAYS, CONFIG, IDENTIFY, METRICS, Instruction, classes_digest, flat_content, received_flat
 from task.model import build_model
 from tools.debug import InProcessGrid, simulated_nodes
 
@@ -119,7 +109,7 @@ def test_another_layout_is_refused(grid, model):
     ("spoil", "reason"),
     [
         (lambda c: c.pop(CONFIG), "config record"),
-        (lambda c: c.pop(ARRAYS), "one array"),
+        (lambda c: c.pop(ARRAYS), "array record"),
         (lambda c: c[ARRAYS].__setitem__(FLAT, flat_to_array(np.zeros(3, np.float32))), "shape"),
         (lambda c: c[CONFIG].__setitem__("task", "{"), "not JSON"),
         (lambda c: c[CONFIG].__setitem__("task", '{"seed": "${oc.env:HOME}"}'), "interpolation"),

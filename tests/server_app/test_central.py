@@ -8,10 +8,10 @@ from flwr.app import Array, ArrayRecord
 from server_app.central import central_evaluation
 from server_app.compose import compose_run
 from strategies.livar.strategy import stacked_products
+from task.arrays import FLAT, flat_to_array
 from task.data.batches import Normaliser
 from task.data.images import ImageSet
 from task.evaluation import evaluate as score_of
-from task.messages import FLAT, flat_to_array
 from task.model import build_model
 from task.units import HEAD, lora_layers
 from tests.conftest import NUM_CLASSES

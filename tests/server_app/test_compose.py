@@ -17,7 +17,13 @@ from task.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 GROUPS = ("strategy", "backbone", "dataset", "partition", "lora", "train", "calibration")
-PRESETS = {"ccvr": "fedavg", "livar_ccvr": "livar", "livar_published_code": "livar"}  # files that choose for a strategy
+PRESETS = {
+    "ccvr": "fedavg",
+    "fedlama": "fedavg",
+    "fedluar": "fedavg",
+    "livar_ccvr": "livar",
+    "livar_published_code": "livar",
+}  # files that choose for a strategy
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF_FOLDER / group).glob("*.yaml"))]
 
 
@@ -61,7 +67,7 @@ def test_a_preset_chooses_for_a_strategy(option, name):
 
 def test_a_strategy_sets_what_it_needs_and_the_user_has_the_last_word():
     assert compose_run({"strategy": "ffa_lora"}).settings.lora.freeze_a
-    assert not compose_run({"strategy": "ffa_lora", "overrides": "lora.freeze_a=false"}).settings.lora.freeze_a
+    assert refusal("lora.freeze_a=false", strategy="ffa_lora").startswith("strategy=ffa_lora needs lora.freeze_a=true")
     run = compose_run({"strategy": "livar_ccvr", "overrides": "strategy.head=samples calibration.epochs=2"})
     calibration = run.settings.calibration
     assert (calibration.name, calibration.mixture, calibration.every_round, calibration.epochs) == (
@@ -185,7 +191,7 @@ REFUSALS = {
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
     "max_steps, augment, device. Did you mean 'lr'?",
     "foo=1": "The config has no key 'foo'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
-    "num_server_rounds, round_timeout, runs_dir, calibration, record_updates.",
+    "schedule, wire, num_server_rounds, round_timeout, runs_dir, calibration, record_updates.",
     "+train.foo=1": "train has no key 'foo'; it has: optimizer, ",
     "+foo.bar=1": "The config has no key 'foo'; it has: backbone, ",
     "strategy.nonsense=1": "strategy has no key 'nonsense'; it has: name, fraction_train, min_clients, ",

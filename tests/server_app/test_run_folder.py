@@ -14,8 +14,8 @@ from safetensors import safe_open
 from server_app.run_folder import RunFolder
 from strategies import STRATEGIES, TaskContext
 from strategies.report import RoundReport
+from task.arrays import FLAT, flat_to_array
 from task.errors import ConfigError
-from task.messages import FLAT, flat_to_array
 from task.signals import signal_layout
 from tests.strategies.scripted import (
     BASE,

@@ -5,23 +5,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from strategies import STRATEGIES, LayerwiseStrategy, TaskContext
-from task.messages import (
-    ARRAYS,
-    CONFIG,
-    FLAT,
-    METRICS,
-    SIGNALS,
-    Instruction,
-    flat_to_array,
-    received_config,
-    received_flat,
-)
+from strategies import STRATEGIES, LayerwiseStrategy, Schedule, TaskContext
+from task.arrays import FLAT, flat_to_array
+from task.messages import ARRAYS, CONFIG, METRICS, SIGNALS, Instruction, received_config
 from task.signals import signal_layout
 from task.units import Layout, make_layout
+from task.wire import EXACT, WireConfig, decode, encode
 from tools.debug import InProcessGrid
 
 BASE = "ab" * 32
@@ -51,6 +44,31 @@ class Script:
     layout: Layout = LAYOUT
     signals: Callable[[str, Instruction], ArrayRecord] = lambda name, instruction: scripted_signals(name, instruction)
     heard: list[tuple[str, Instruction, np.ndarray]] = field(default_factory=list)
+    kept: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def start(self, name: str, instruction: Instruction, message: Message) -> torch.Tensor:
+        """Where a client starts from: what it received, and of other units what it kept."""
+        exchange, layout = instruction.exchange, self.layout
+        exchange.check(layout)
+        flat = self.kept[name]["flat"].clone() if exchange.start else torch.full((layout.size,), torch.nan)
+        values = decode(message.content[ARRAYS], layout.part(exchange.down), exchange.wire)
+        layout.put(flat, exchange.down, values)
+        received = self.kept[name]["received"] if exchange.start else torch.empty(layout.size)
+        layout.put(received, exchange.down, values)
+        self.kept.setdefault(name, {"error": torch.zeros(layout.size)})["received"] = received
+        return flat
+
+    def reply(self, name: str, instruction: Instruction, values: np.ndarray) -> ArrayRecord:
+        """What a client sends back, keeping its values, and the rounding error where they are rounded."""
+        exchange, kept, layout = instruction.exchange, self.kept[name], self.layout
+        part, sent = layout.part(exchange.up), layout.take(torch.tensor(values), exchange.up)
+        kept["flat"] = torch.tensor(values)
+        if exchange.wire.lossy:
+            sent = sent - layout.take(kept["received"], exchange.up) + layout.take(kept["error"], exchange.up)
+        record = encode(sent, part, exchange.wire)
+        if exchange.wire.lossy:
+            layout.put(kept["error"], exchange.up, sent - decode(record, part, exchange.wire))
+        return record
 
 
 def scripted_signals(name: str, instruction: Instruction) -> ArrayRecord:
@@ -86,8 +104,9 @@ def scripted_app(script: Script) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         name = str(context.node_config["name"])
         instruction = Instruction.from_record(received_config(message))
-        received = received_flat(message, script.layout.size)
-        script.heard.append((name, instruction, received.copy()))
+        start = script.start(name, instruction, message)
+        received = start.numpy().copy()
+        script.heard.append((name, instruction, received))
         values = script.values(name, instruction.server_round, received).astype(np.float32)
         metrics = MetricRecord(
             {"num-examples": script.num_examples(name), "train-loss": 1.0, "seconds": 0.0, "steps": 5}
@@ -96,7 +115,7 @@ def scripted_app(script: Script) -> ClientApp:
             accuracy = float(received[0] + 1) / 10
             metrics.update({"test-num-examples": 5, "test-accuracy": accuracy, "test-loss": 1.0})
         config = ConfigRecord({"client": name, "base": script.base(name), "layout": script.layout.digest})
-        content = RecordDict({ARRAYS: ArrayRecord({FLAT: flat_to_array(values)}), METRICS: metrics, CONFIG: config})
+        content = RecordDict({ARRAYS: script.reply(name, instruction, values), METRICS: metrics, CONFIG: config})
         if instruction.signals.anything:
             content[SIGNALS] = script.signals(name, instruction)
         return Message(script.edit(name, instruction.server_round, content), reply_to=message)
@@ -136,10 +155,18 @@ class ShufflingGrid(InProcessGrid):
         return replies
 
 
-def make_strategy(name: str, seed: int = 0, lora_merge: str = "factors", **options: object) -> LayerwiseStrategy:
+def make_strategy(
+    name: str,
+    seed: int = 0,
+    lora_merge: str = "factors",
+    schedule: Schedule | None = None,
+    wire: WireConfig = EXACT,
+    **options: object,
+) -> LayerwiseStrategy:
     """Make a registered strategy for the scripted clients."""
     kind = STRATEGIES[name]
-    return kind(kind.Config(name=name, **options), TaskContext("{}", LAYOUT, BASE, CLASSES, seed, lora_merge))
+    context = TaskContext("{}", LAYOUT, BASE, CLASSES, seed, lora_merge, wire)
+    return kind(kind.Config(name=name, **options), context, schedule=schedule)
 
 
 def initial_arrays() -> ArrayRecord:

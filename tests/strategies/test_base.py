@@ -6,8 +6,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from strategies import FedAvg, FedAvgConfig
+from task.arrays import FLAT, flat_to_array
 from task.errors import MessageError, TooFewClientsError
-from task.messages import ARRAYS, CONFIG, FLAT, METRICS, content_bytes, flat_to_array
+from task.messages import ARRAYS, CONFIG, METRICS, content_bytes
 from task.units import make_layout
 from tests.strategies.scripted import (
     CLASSES,

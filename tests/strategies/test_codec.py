@@ -7,8 +7,8 @@ import torch
 from flwr.app import Array, ArrayRecord
 
 from strategies.codec import Codec
+from task.arrays import FLAT, flat_to_array
 from task.errors import MessageError
-from task.messages import FLAT, flat_to_array
 
 NAMED = {"head.weight": (2, 3), "blocks.0.w": (4,), "norm": (2,), "blocks.0.b": (1,)}
 

@@ -6,8 +6,9 @@ import torch
 
 from strategies import STRATEGIES
 from strategies.codec import Codec
+from task.arrays import FLAT, flat_to_array
 from task.errors import ConfigError, TooFewClientsError
-from task.messages import ARRAYS, FLAT, SIGNALS, flat_to_array
+from task.messages import ARRAYS, SIGNALS
 from task.units import lora_layers
 from tests.strategies.scripted import (
     LAYOUT,

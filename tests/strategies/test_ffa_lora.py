@@ -8,7 +8,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from strategies import FedAvg, FedAvgConfig, FfaLora, FfaLoraConfig, TaskContext
-from task.messages import FLAT, flat_to_array
+from task.arrays import FLAT, flat_to_array
 from task.model import build_model
 from task.units import lora_layers
 from tests.conftest import NUM_CLASSES

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord
 
-from task.messages import FLAT, flat_to_array
+from task.arrays import FLAT, flat_to_array
 from task.signals import SignalRequest
 from tests.strategies.scripted import (
     LAYOUT,

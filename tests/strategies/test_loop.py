@@ -7,8 +7,9 @@ import pytest
 from flwr.app import MetricRecord, RecordDict
 
 from strategies import Calibration, CalibrationConfig, FedAvg, FedAvgConfig, TaskContext, loop
+from task.arrays import FLAT, array_to_flat
 from task.errors import TooFewClientsError
-from task.messages import ARRAYS, CONFIG, FLAT, METRICS, array_to_flat
+from task.messages import ARRAYS, CONFIG, METRICS
 from task.signals import SignalRequest, signal_layout
 from tests.strategies.scripted import (
     BASE,
@@ -232,7 +233,9 @@ def test_failed_rounds_count_only_in_a_row():
 
 
 def test_a_run_that_never_merged_is_no_success_however_short():
-    with pytest.raises(TooFewClientsError, match="Last reasons: 3 clients .0, 1, 2.: the reply has 0 array records"):
+    with pytest.raises(
+        TooFewClientsError, match="Replies that did not count: 3 clients .0, 1, 2.: the reply has 0 array records"
+    ):
         start(failing_in(1, 2), rounds=2)
     _, reports = start(failing_in(2), rounds=2)
     assert [report.merged for report in reports] == [False, True, False]

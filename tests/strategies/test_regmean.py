@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strategies import RegMean, RegMeanConfig, TaskContext
 from strategies.regmean import least_squares
-from task.messages import FLAT, flat_to_array
+from task.arrays import FLAT, flat_to_array
 from task.signals import signal_layout
 from task.units import make_layout
 from tests.strategies.scripted import BASE, CLASSES, Script, ShufflingGrid, final_flat, scripted_app

@@ -20,8 +20,9 @@ from strategies.replies import (
     mean_metric,
     replies_by_client,
 )
+from task.arrays import FLAT, flat_to_array
 from task.errors import MessageError
-from task.messages import ARRAYS, CONFIG, FLAT, METRICS, SIGNALS, flat_to_array
+from task.messages import ARRAYS, CONFIG, METRICS, SIGNALS
 from task.signals import NOTHING, SignalRequest, signal_layout
 from tests.strategies.scripted import BASE, LAYOUT, Script, ShufflingGrid, initial_arrays, scripted_app
 
@@ -95,6 +96,7 @@ def test_of_two_replies_the_first_counts_also_if_it_is_an_error():
 
 def test_a_long_reason_is_cut():
     directory = ClientDirectory(nodes={"0": 1})
+    directory.remember([asked(1)], ["0"])
     error = Message(Error(code=3, reason="x" * 100_000), reply_to=asked(1))
     _, failed = replies_by_client([error], directory, ["0"])
     assert failed["0"].startswith("error 3: xxx")

@@ -11,18 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from task.arrays import FLAT, array_to_flat, flat_to_array
 from task.errors import ConfigError, MessageError
 from task.messages import (
     ARRAYS,
     CONFIG,
-    FLAT,
     METRICS,
     SIGNALS,
     Instruction,
-    array_to_flat,
     content_bytes,
     flat_content,
-    flat_to_array,
     number_field,
     received_config,
     received_flat,

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from logging import INFO
 from pathlib import Path
@@ -39,7 +39,7 @@ class Record:
     path: Path
     """The file, ``<run>/updates/round-<n>.safetensors``."""
     digest: str
-    """SHA-256 of the file, hexadecimal."""
+    """SHA-256 of what is explained of it: updates, examples and :data:`SIGNALS`; hexadecimal."""
     clients: tuple[str, ...]
     """Names of the clients, in the order of all tensors."""
     num_examples: tuple[int, ...]
@@ -82,13 +82,19 @@ class Run:
     @cached_property
     def config_digest(self) -> str:
         """SHA-256 of ``config.yaml``, hexadecimal."""
-        return _digest(self.folder / "config.yaml")
+        return hashlib.sha256((self.folder / "config.yaml").read_bytes()).hexdigest()
+
+    @property
+    def federation(self) -> str:
+        """What decides who holds which images: seed, data, partition; runs that share it have the same clients."""
+        settings, clients = self.settings, len(set().union(*(record.clients for record in self.records)))
+        return json.dumps([settings.seed, asdict(settings.dataset), asdict(settings.partition), clients])
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read runs, and refuse what cannot be explained together.
 
-    A record whose file equals an earlier one's is left out: round 1 of runs that differ only in the strategy would
+    A record that says the same as an earlier one is left out: round 1 of runs that differ only in the strategy would
     otherwise be both learned from and predicted.
 
     Parameters
@@ -166,9 +172,13 @@ def read_record(path: Path) -> Record:
             counts = tuple(int(count) for count in file.get_tensor("num-examples"))
             classes = file.get_tensor("class-count").shape[1]
             signals = {name: file.get_tensor(name) for name in SIGNALS}
+            digest = hashlib.sha256(file.get_tensor("updates").numpy())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{str(path)!r} is no intact record of updates and signals: {error}.") from error
-    return Record(path, _digest(path), tuple(clients), counts, classes, signals)
+    digest.update(json.dumps([clients, counts]).encode())
+    for name in SIGNALS:
+        digest.update(signals[name].numpy())
+    return Record(path, digest.hexdigest(), tuple(clients), counts, classes, signals)
 
 
 def layout_of(settings: RunSettings, num_classes: int) -> Layout:
@@ -223,8 +233,3 @@ def _without_repeats(runs: Sequence[Run]) -> list[Run]:
         if records:
             kept.append(replace(run, records=records))
     return kept
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -94,7 +94,8 @@ def make_rows(runs: Sequence[Run], targets: Mapping[str, Tensor], table: MergeTa
     ConfigError
         If the target or a score is constant, or too few records have finite signals.
     """
-    run_of = [number for number, run in enumerate(runs) for _ in run.records]
+    federations = list(dict.fromkeys(run.federation for run in runs))
+    federation_of = [federations.index(run.federation) for run in runs for _ in run.records]
     parts = [_part(run, record, targets[record.digest], table) for run in runs for record in run.records]
     sizes = [len(part.target) for part in parts]
     if (usable := sum(size > 0 for size in sizes)) < MIN_RECORDS:
@@ -103,7 +104,7 @@ def make_rows(runs: Sequence[Run], targets: Mapping[str, Tensor], table: MergeTa
     if target.std() < NO_SPREAD:
         raise ConfigError("The target is constant: all learned weights are uniform, so there is nothing to explain.")
     varies = np.ptp(features, axis=0) > 0
-    groups, grouped_by = np.repeat(run_of, sizes), "runs"
+    groups, grouped_by = np.repeat(federation_of, sizes), "federations"
     if len(np.unique(groups)) == 1:
         groups, grouped_by = np.repeat(np.arange(len(parts)), sizes), "rounds"
     return Rows(

@@ -10,7 +10,8 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from strategies import Calibration, CalibrationConfig, FedAvg, FedAvgConfig, TaskContext
 from strategies.ccvr import Gaussian, draw, retrain_head
-from task.messages import ARRAYS, FLAT, MEASURE, SIGNALS, array_to_flat, flat_to_array
+from task.arrays import FLAT, array_to_flat, flat_to_array
+from task.messages import ARRAYS, MEASURE, SIGNALS
 from task.signals import SignalRequest, signal_layout
 from task.units import make_layout
 from tests.strategies.scripted import (

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from strategies import Livar, LivarConfig, TaskContext
 from strategies.livar import lora_merge_weights, per_layer_scores
 from strategies.livar.strategy import stacked_products
+from task.arrays import FLAT, array_to_flat, flat_to_array
 from task.errors import ModelError
-from task.messages import FLAT, METRICS, SIGNALS, array_to_flat, flat_to_array
+from task.messages import METRICS, SIGNALS
 from task.signals import NOTHING, SignalRequest, signal_layout
 from task.units import head_specs, lora_layers, make_layout
 from tests.strategies.livar.test_weights import GOLDEN, SCORE_A, SCORE_B

@@ -169,7 +169,7 @@ def test_a_real_run_is_explained_and_its_table_used(tmp_path):
 
     folders = [run("record_updates=true", f"seed={seed}") for seed in (0, 1)]
     printed = command(*folders, "--out", tmp_path / "out", *QUICK)
-    assert "R2 on runs left out: " in printed
+    assert "R2 on federations left out: " in printed
     table = tmp_path / "out" / "table.yaml"
     used = run(f"strategy.table={table}")
     assert f"table: {table}" in (used / "config.yaml").read_text()

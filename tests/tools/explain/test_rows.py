@@ -64,7 +64,7 @@ def test_rounds_are_left_out_of_one_run_and_runs_of_several(tmp_path):
     assert one.grouped_by == "rounds"
     np.testing.assert_array_equal(one.groups, np.repeat([0, 1], 24))
     _, _, two = rows_of(first, second)
-    assert two.grouped_by == "runs"
+    assert two.grouped_by == "federations"
     np.testing.assert_array_equal(two.groups, np.repeat([0, 1], 48))
 
 
