@@ -13,7 +13,7 @@ from flwr.common.constant import ErrorCode
 from client_app.exchanging import Exchanger, received_values
 from client_app.kept import Keeper
 from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
-from client_app.training import train
+from client_app.training import TrainOutcome, train
 from client_app.worker import Node, Worker, worker_for, worker_name
 from task.arrays import FLAT, flat_to_array
 from task.data.batches import train_batches
@@ -73,31 +73,19 @@ def train_round(message: Message, context: Context) -> Message:
     """Train on this client's images and answer with adapter and head."""
     began = time.perf_counter()
     node, worker, instruction = _prepare(message, context)
-    data, task, exchange = worker.client_data(node), worker.task, instruction.exchange
-    keeper = Keeper(node.state, exchange.run, node.name)
-    exchanger = Exchanger(worker.model, exchange, keeper, instruction.server_round)
+    data, task = worker.client_data(node), worker.task
+    exchanger = _exchanger(node, worker, instruction)
     optimizer_state = exchanger.receive(message)
     metrics: dict[str, int | float] = {}
     if instruction.evaluate == "received":
         score = evaluate(worker.model, data.test, worker.normaliser)
         metrics |= {f"test-{key}": value for key, value in _score_metrics(score).items()}
-    purpose = (instruction.server_round, node.name)
-    torch.manual_seed(derive_seed(task.seed, "dropout", *purpose))
-    batches = train_batches(
-        data.train,
-        batch_size=task.train.batch_size,
-        epochs=task.train.local_epochs,
-        max_steps=task.train.max_steps,
-        augment=task.train.augment,
-        normaliser=worker.normaliser,
-        generator=generator_for(task.seed, "batches", *purpose),
-    )
     since = last_epoch_start(len(data.train), task.train)
     with Recorder(instruction.signals, worker.model, worker.optimizer, since) as recorder:
-        outcome = train(worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state)
+        outcome = _train(worker, node, instruction, "", recorder, optimizer_state)
     arrays = {ARRAYS: exchanger.send(worker.optimizer)}
     if instruction.signals.anything:
-        generator = generator_for(task.seed, "signals", *purpose)
+        generator = generator_for(task.seed, "signals", instruction.server_round, node.name)
         arrays[SIGNALS] = _record(recorder.signals(data.train, worker.normaliser, generator))
         metrics["refused-scores"] = recorder.refused_scores
     metrics |= {"num-examples": len(data.train), "train-loss": outcome.loss, "steps": outcome.steps}
@@ -124,11 +112,16 @@ def measure(message: Message, context: Context) -> Message:
 @app.evaluate()
 @explained_to_server
 def evaluate_round(message: Message, context: Context) -> Message:
-    """Evaluate the received model on this client's own test images."""
+    """Evaluate the received model on this client's own test images; where asked, also after a round of training."""
     began = time.perf_counter()
     node, worker, instruction = _prepare(message, context)
-    worker.model.put(received_values(message, worker.model, instruction.exchange), None)
-    metrics = _score_metrics(evaluate(worker.model, worker.client_data(node).test, worker.normaliser))
+    _exchanger(node, worker, instruction).receive(message)
+    test = worker.client_data(node).test
+    metrics = _score_metrics(evaluate(worker.model, test, worker.normaliser))
+    if instruction.evaluate == "tuned":
+        _train(worker, node, instruction, "tuning-")
+        score = evaluate(worker.model, test, worker.normaliser)
+        metrics |= {f"tuned-{key}": value for key, value in _score_metrics(score).items()}
     metrics["seconds"] = time.perf_counter() - began
     return _reply(message, node, worker, metrics)
 
@@ -142,6 +135,34 @@ def _prepare(message: Message, context: Context) -> tuple[Node, Worker, Instruct
     if instruction.layout != layout.digest:
         raise MessageError("The server's adapter has another layout than this client's (rank, targets or classes).")
     return node, worker, instruction
+
+
+def _exchanger(node: Node, worker: Worker, instruction: Instruction) -> Exchanger:
+    keeper = Keeper(node.state, instruction.exchange.run, node.name)
+    return Exchanger(worker.model, instruction.exchange, keeper, instruction.server_round)
+
+
+def _train(
+    worker: Worker,
+    node: Node,
+    instruction: Instruction,
+    purpose: str,
+    recorder: Recorder | None = None,
+    optimizer_state: dict[str, torch.Tensor] | None = None,
+) -> TrainOutcome:
+    """Train for a round; ``purpose`` leads the names of its draws."""
+    task, data = worker.task, worker.client_data(node).train
+    torch.manual_seed(derive_seed(task.seed, f"{purpose}dropout", instruction.server_round, node.name))
+    batches = train_batches(
+        data,
+        batch_size=task.train.batch_size,
+        epochs=task.train.local_epochs,
+        max_steps=task.train.max_steps,
+        augment=task.train.augment,
+        normaliser=worker.normaliser,
+        generator=generator_for(task.seed, f"{purpose}batches", instruction.server_round, node.name),
+    )
+    return train(worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state)
 
 
 def _score_metrics(score: Score) -> dict[str, int | float]:

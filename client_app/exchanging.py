@@ -57,6 +57,8 @@ class Exchanger:
         if exchange.wire.lossy:
             self._received = self._kept.get("received", torch.empty(model.layout.size))
             model.layout.put(self._received, exchange.down, values)
+        if not exchange.moments:
+            return {}
         return {name.removeprefix(OPTIMIZER): v for name, v in self._kept.items() if name.startswith(OPTIMIZER)}
 
     def send(self, optimizer: torch.optim.Optimizer) -> ArrayRecord:
@@ -72,7 +74,7 @@ class Exchanger:
             layout.put(error, exchange.up, values - decode(record, part, exchange.wire))
             keep["error"] = error
         if exchange.keep:
-            state = optimizer.state[model.flat]
+            state = optimizer.state[model.flat] if exchange.moments else {}
             keep |= {"flat": model.flat.detach().cpu()} | {f"{OPTIMIZER}{name}": v.cpu() for name, v in state.items()}
             keep |= {"received": self._received} if exchange.wire.lossy else {}
         if keep:

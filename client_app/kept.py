@@ -28,8 +28,8 @@ def state_folder(node_config: Mapping[str, object]) -> Path:
     DataError
         If a folder that is named does not exist.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return node_folder(node_config, "state", STATE_VARIABLE) or cache / "petalwise" / "state"
+    named = node_folder(node_config, "state", STATE_VARIABLE)
+    return named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petalwise" / "state"
 
 
 class Keeper:

@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from logging import WARNING
 from pathlib import Path
 
 import numpy as np
 import torch
+from flwr.common.logger import log
 
 from client_app.kept import state_folder
 from client_app.training import make_optimizer
@@ -26,8 +28,9 @@ from task.errors import DataError, PetalwiseError
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
 
-MAX_KEPT_BYTES = 2 * 1024**3
-"""Memory for decoded images in one process; beyond it, the client whose turn was longest ago is decoded anew."""
+MAX_KEPT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+"""Memory for decoded images in one process, an eighth of the machine's; beyond it, the client whose turn was longest
+ago is decoded anew."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class Worker:
         self._clients.move_to_end(node)
         while len(self._clients) > 1 and sum(data.nbytes for data in self._clients.values()) > MAX_KEPT_BYTES:
             self._clients.popitem(last=False)
+            _note_eviction()
         return self._clients[node]
 
     @cached_property
@@ -203,6 +207,12 @@ def worker_for(task_json: str, data: Path | None, backbones: Path | None) -> Wor
         If task, data or model cannot be had.
     """
     return Worker(task_from_json(task_json), data, backbones)
+
+
+@lru_cache(maxsize=1)
+def _note_eviction() -> None:
+    """Say once that images do not fit."""
+    log(WARNING, "The clients' images take more than %.1f GB: some are decoded anew.", MAX_KEPT_BYTES / 1e9)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """The Flower ServerApp: composes the config, picks the strategy, runs the rounds, keeps the run folder."""
 
 import uuid
+from contextlib import suppress
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
@@ -64,20 +65,35 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
     names, test = _classes_and_test_images(settings)
     model = build_model(settings, len(names), backbone_folder({}))
     model.to(choose_device("cpu" if settings.train.device == "cpu" else "auto"))
+    strategy = _make_strategy(run, model, names)
     folder = RunFolder(Path(settings.runs_dir), run.choice, run.yaml)
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
     reports: list[RoundReport] = []
-    strategy = _make_strategy(run, model, names)
     try:
         _run_rounds(grid, run, strategy, model, test, folder, reports)
-    finally:
-        if strategy.merged_rounds:
-            model.load(strategy.flat.numpy())
-            save_adapter(folder.adapter, model, run, names, reports)
-            log(INFO, "Adapter: %s", folder.adapter)
+    except BaseException:
+        with suppress(Exception):  # why the rounds ended is what is to be told
+            _save(folder, strategy, model, run, names, reports)
+        raise
+    _save(folder, strategy, model, run, names, reports)
     log(INFO, "%s", _closing(reports))
     return folder.path
+
+
+def _save(
+    folder: RunFolder,
+    strategy: LayerwiseStrategy,
+    model: AdaptedModel,
+    run: ComposedRun,
+    names: list[str],
+    reports: list[RoundReport],
+) -> None:
+    """Save the adapter, if any round has changed it."""
+    if strategy.merged_rounds and reports:
+        model.load(strategy.flat.numpy())
+        save_adapter(folder.adapter, model, run, names, reports, strategy.evaluated)
+        log(INFO, "Adapter: %s", folder.adapter)
 
 
 def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str]) -> LayerwiseStrategy:

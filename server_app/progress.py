@@ -32,9 +32,8 @@ class Progress:
             parts.append(f"clients' accuracy {100 * report.clients_accuracy_mean:5.1f} %")
         if report.server_round:
             loss = "      -" if report.train_loss is None else f"{report.train_loss:7.4f}"
-            asked = len(set(report.clients_used) | set(report.clients_dropped))
             refused = f", {len(report.clients_refused)} refused" if report.clients_refused else ""
-            parts += [f"train loss {loss}", f"clients {len(report.clients_used)}/{asked}{refused}"]
+            parts += [f"train loss {loss}", f"clients {len(report.clients_used)}/{report.cohort}{refused}"]
             parts.append(f"{report.bytes_down / 1e6:.1f} MB down {report.bytes_up / 1e6:.1f} MB up")
             parts += [f"{report.seconds.get('total', 0.0):5.1f} s", f"ETA {self._eta(report)}"]
         return "  ".join(parts).rstrip()

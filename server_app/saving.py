@@ -51,7 +51,12 @@ whole config is in `../config.yaml`, the metrics per round in `../metrics.jsonl`
 
 
 def save_adapter(
-    folder: Path, model: AdaptedModel, run: ComposedRun, class_names: list[str], reports: Sequence[RoundReport]
+    folder: Path,
+    model: AdaptedModel,
+    run: ComposedRun,
+    class_names: list[str],
+    reports: Sequence[RoundReport],
+    evaluated: str = "",
 ) -> None:
     """Save adapter, head and model card.
 
@@ -67,12 +72,14 @@ def save_adapter(
         Names of the classes in order of the head's outputs.
     reports : Sequence[RoundReport]
         Of all rounds so far, at least one, for the card.
+    evaluated : str
+        What the server's accuracies are of, where that is not the model saved here.
     """
     model.module.save_pretrained(str(folder))
     views = model.layout.views(model.flat.detach().cpu())
     head = {spec.name: views[spec.name].clone() for spec in model.layout.tensors if spec.unit == HEAD}
     save_file(head, folder / "head.safetensors")
-    (folder / "README.md").write_text(_card(model, run, class_names, reports), encoding="utf-8")
+    (folder / "README.md").write_text(_card(model, run, class_names, reports, evaluated), encoding="utf-8")
 
 
 def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftModel:
@@ -103,8 +110,11 @@ def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftMo
     return peft.PeftModel.from_pretrained(backbone, str(adapter)).eval()
 
 
-def _card(model: AdaptedModel, run: ComposedRun, class_names: list[str], reports: Sequence[RoundReport]) -> str:
+def _card(
+    model: AdaptedModel, run: ComposedRun, class_names: list[str], reports: Sequence[RoundReport], evaluated: str
+) -> str:
     settings, last = run.settings, reports[-1]
+    of_what = f" (of {evaluated}, not of the factors saved here)" if evaluated else ""
     accuracy, personal = last.central.get("accuracy"), last.clients_accuracy_mean
     return CARD.format(
         dataset=settings.dataset.name,
@@ -125,7 +135,7 @@ def _card(model: AdaptedModel, run: ComposedRun, class_names: list[str], reports
         partition=settings.partition.kind,
         classes=", ".join(class_names),
         num_classes=len(class_names),
-        central="not evaluated" if accuracy is None else f"{100 * accuracy:.2f} %",
+        central="not evaluated" if accuracy is None else f"{100 * accuracy:.2f} %{of_what}",
         personal="not evaluated" if personal is None else f"{100 * personal:.2f} %",
         seed=settings.seed,
     )

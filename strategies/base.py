@@ -34,7 +34,7 @@ from strategies.report import RoundReport
 from strategies.schedule import Schedule
 from task.config import bounded
 from task.errors import ConfigError
-from task.exchange import Exchange
+from task.exchange import EVERYTHING, Exchange
 from task.messages import ARRAYS, CONFIG, Instruction
 from task.signals import NOTHING, SignalRequest, signal_layout
 
@@ -60,6 +60,9 @@ class StrategyConfig:
     receives, so one round late; in the last round by a phase after it instead), or not at all."""
     evaluate_every: int = bounded(1, at_least=1)
     """Evaluate every so many rounds, and after the last."""
+    evaluate_tuned: bool = False
+    """In a phase of evaluation, let clients also train for a round from what they received, evaluate that too, and
+    forget it: what local fine-tuning brings."""
 
 
 class LayerwiseStrategy(Strategy):
@@ -109,6 +112,7 @@ class LayerwiseStrategy(Strategy):
         self.merged_rounds = 0
         self.num_rounds = 0
         self.asked: list[str] = []
+        self.exchanges: dict[str, Exchange] = {}
         self.report = RoundReport(0)
 
     # --- What a strategy decides ---------------------------------------------------------------------------
@@ -127,19 +131,23 @@ class LayerwiseStrategy(Strategy):
             self.codec.layout.digest,
             evaluate="received" if evaluate else "none",
             signals=self.asked_signals,
-            exchange=self.exchange(server_round),
         )
 
-    def exchange(self, server_round: int) -> Exchange:
-        """Say which units travel in a round, how, and what clients keep."""
-        planned = self.schedule.exchange(server_round)
-        named = planned.start or planned.keep or self.codec.wire.lossy
-        return replace(planned, run=self.run if named else "", wire=self.codec.wire)
+    def exchange(self, server_round: int, client: str) -> Exchange:
+        """Say which units travel to and from a client that trains, and what it keeps; by default the schedule does."""
+        return self.schedule.exchange(server_round)
+
+    def exchange_without_training(self, client: str) -> Exchange:
+        """Say which units travel to a client that evaluates or measures; all by default."""
+        return EVERYTHING
+
+    def model_for(self, client: str) -> torch.Tensor:
+        """Return the model that a client is sent, float32 [n]; the global one by default."""
+        return self.flat
 
     def without_training(self, server_round: int) -> Instruction:
-        """Say what clients shall know in a phase that does not train: they get the whole model and keep nothing."""
-        wire = Exchange(run=self.run if self.codec.wire.lossy else "", wire=self.codec.wire)
-        return Instruction(server_round, self.context.task, self.codec.layout.digest, exchange=wire)
+        """Say what clients shall do in a phase that does not train."""
+        return Instruction(server_round, self.context.task, self.codec.layout.digest)
 
     def request(self) -> SignalRequest:
         """Say what clients shall measure along with training; nothing by default."""
@@ -156,9 +164,17 @@ class LayerwiseStrategy(Strategy):
     def check(self, update: Update) -> None:
         """Refuse an update that :meth:`merge` could not use, by a MessageError; all are fine by default."""
 
+    def accept(self) -> None:
+        """Take over what :meth:`merge` noted for later rounds; called once its result has become the model."""
+
     def evaluation_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Choose what the server evaluates; the global model by default."""
         return arrays
+
+    @property
+    def evaluated(self) -> str:
+        """What the server evaluates, where it is not the model that the adapter holds; else empty."""
+        return ""
 
     def merge_adapters(self, merged: torch.Tensor, vectors: Sequence[torch.Tensor], weights: torch.Tensor) -> None:
         """Overwrite the adapter in ``merged`` by the clients', weighted [clients, layers], as ``lora.merge`` says."""
@@ -167,10 +183,6 @@ class LayerwiseStrategy(Strategy):
         else:
             residual = merge_products(merged, vectors, weights, self.codec.layout)
             self.report.details["product_residual"] = [round(value, 6) for value in residual.tolist()]
-
-    def content_for(self, client: str, shared: ArrayRecord) -> ArrayRecord:
-        """Choose the arrays that a client is sent; the global model, serialised once for all, by default."""
-        return shared
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state as one dict of tensors, numbers, strings, lists and dicts."""
@@ -212,6 +224,7 @@ class LayerwiseStrategy(Strategy):
     ) -> list[Message]:
         """Make the messages that ask this round's cohort to train."""
         cohort = self.schedule.cohort(server_round, self._draw)
+        self.report.cohort = len(cohort)
         return self.messages(MessageType.TRAIN, cohort, server_round, arrays, config)
 
     def aggregate_train(
@@ -229,6 +242,7 @@ class LayerwiseStrategy(Strategy):
         if not bool(torch.isfinite(merged).all()):
             self._note_failed_round(server_round, "the merged model is not finite")
             return None, None
+        self.accept()
         report.details |= self.schedule.merged(server_round, self.flat, merged, updates)
         if self.keep_updates:
             self.updates, self.received = updates, self.flat
@@ -248,6 +262,8 @@ class LayerwiseStrategy(Strategy):
         if not due:
             return []
         instruction = self.without_training(server_round)
+        if self.config.evaluate_tuned:
+            instruction = replace(instruction, evaluate="tuned")
         return self.messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config, instruction)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -331,18 +347,34 @@ class LayerwiseStrategy(Strategy):
         """Make a message for each client; with the round's own instruction unless one is given."""
         self.asked = list(clients)
         asked = self.instruction(server_round) if instruction is None else instruction
-        record = ConfigRecord({**config, **asked.to_record()})
-        if asked.exchange.down is not None or self.codec.wire.lossy:
-            arrays = self.codec.to_send(self.flat, asked.exchange.down)
-        return [
-            Message(
-                RecordDict({ARRAYS: self.content_for(client, arrays), CONFIG: record}),
-                self.directory.nodes[client],
-                kind,
-                group_id=str(server_round),
-            )
-            for client in clients
-        ]
+        trains = kind == MessageType.TRAIN
+        planned = {c: self.exchange(server_round, c) if trains else self.exchange_without_training(c) for c in clients}
+        self.exchanges = {client: self._named(exchange) for client, exchange in planned.items()}
+        records: dict[Exchange, ConfigRecord] = {}
+        packed: dict[tuple[str, ...] | None, ArrayRecord] = {} if self.codec.wire.lossy else {None: arrays}
+        messages = []
+        for client, exchange in self.exchanges.items():
+            if exchange not in records:
+                records[exchange] = ConfigRecord({**config, **replace(asked, exchange=exchange).to_record()})
+            content = RecordDict({ARRAYS: self._arrays_for(client, exchange, packed), CONFIG: records[exchange]})
+            messages.append(Message(content, self.directory.nodes[client], kind, group_id=str(server_round)))
+        return messages
+
+    def _arrays_for(
+        self, client: str, exchange: Exchange, packed: dict[tuple[str, ...] | None, ArrayRecord]
+    ) -> ArrayRecord:
+        """Write the units that a client is sent; those of the global model once for all."""
+        model = self.model_for(client)
+        if model is not self.flat:
+            return self.codec.to_send(model, exchange.down)
+        if exchange.down not in packed:
+            packed[exchange.down] = self.codec.to_send(model, exchange.down)
+        return packed[exchange.down]
+
+    def _named(self, exchange: Exchange) -> Exchange:
+        """Complete an exchange by how values travel, and by the run's name where clients keep anything."""
+        named = exchange.start or exchange.keep or self.codec.wire.lossy
+        return replace(exchange, run=self.run if named else "", wire=self.codec.wire)
 
     def _collect_updates(self, replies: Iterable[Message]) -> Collected[Update]:
         """Check train replies, and the evaluations that came with them."""
@@ -361,14 +393,14 @@ class LayerwiseStrategy(Strategy):
         return draw_cohort(self.directory.identities, share, least, seed, server_round)
 
     def _checked_update(self, reply: Message, client: str) -> Update:
-        """Check a reply; units that it was not asked for are those of the model before the round.
+        """Check a reply; units that it was not asked for are those of the model that the client was to receive.
 
         Rounded values are changes, and are added to the server's own values, which are not rounded.
         """
-        units = self.schedule.exchange(self.server_round).up
+        units = self.exchanges[client].up
         update = check_update(reply, client, self.codec, self.context.base, self.asked_signals, units)
         if units is not None or self.codec.wire.lossy:
-            flat, sent = self.flat.clone(), update.flat
+            flat, sent = self.model_for(client).clone(), update.flat
             if self.codec.wire.lossy:
                 sent = sent + self.codec.layout.take(flat, units)
             self.codec.layout.put(flat, units, sent)

@@ -77,6 +77,7 @@ class FedLama(Schedule):
             up=units_or_none(self.due(server_round), self.layout),
             start=0 if first else server_round - 1,
             keep=not self.ends_window(server_round),
+            moments=True,
         )
 
     def cohort(self, server_round: int, draw: DrawCohort) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import INFO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
@@ -13,12 +13,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from strategies.ccvr.phase import calibrate, calibration_messages
-from strategies.codec import Codec
 from strategies.cohort import grouped
 from strategies.replies import first_metrics
 from strategies.report import RoundReport
 from task.errors import TooFewClientsError
-from task.exchange import EVERYTHING, Exchange
+from task.exchange import EVERYTHING
 from task.messages import ARRAYS, CONFIG, content_bytes
 from task.wire import num_bytes
 
@@ -102,10 +101,9 @@ class RoundLoop:
         strategy, seconds = self.strategy, self.strategy.report.seconds
         strategy.server_round = server_round
         self._discover()
-        exchange = strategy.schedule.exchange(server_round)
         with self._timed("train"):
             messages = strategy.configure_train(server_round, result.arrays, self.train_config, self.grid)
-            replies = self._exchange(messages, exchange)
+            replies = self._exchange(messages)
         seconds["wait"] = round(max(0.0, seconds["train"] - _busiest_worker_seconds(replies)), 4)
         with self._timed("aggregate"):
             arrays, metrics = strategy.aggregate_train(server_round, replies)
@@ -144,17 +142,31 @@ class RoundLoop:
             central = {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
             self.strategy.report.central = central
 
-    def _exchange(self, messages: list[Message], units: Exchange = EVERYTHING) -> list[Message]:
+    def _exchange(self, messages: list[Message]) -> list[Message]:
         """Send messages and wait for the replies, counting the bytes of both."""
-        report, codec = self.strategy.report, self.strategy.codec
+        strategy, report = self.strategy, self.strategy.report
         report.bytes_down += sum(content_bytes(message.content) for message in messages)
-        _count_units(report.bytes_down_by_unit, messages, codec, units.down)
+        self._count_units(report.bytes_down_by_unit, zip(strategy.asked, messages, strict=True), "down")
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
-        self.strategy.directory.remember(messages, self.strategy.asked)
+        strategy.directory.remember(messages, strategy.asked)
         received = [reply for reply in replies if reply.has_content()]
         report.bytes_up += sum(content_bytes(reply.content) for reply in received)
-        _count_units(report.bytes_up_by_unit, received, codec, units.up)
+        from_whom = [(strategy.directory.identity_of(reply), reply) for reply in received]
+        self._count_units(report.bytes_up_by_unit, from_whom, "up")
         return replies
+
+    def _count_units(
+        self, total: dict[str, int], messages: Iterable[tuple[str | None, Message]], way: Literal["down", "up"]
+    ) -> None:
+        """Add the bytes of every unit that travels, for each message that carries the model."""
+        codec = self.strategy.codec
+        size = {unit: num_bytes(codec.layout.part([unit]), codec.wire) for unit in codec.layout.units}
+        for client, message in messages:
+            exchange = self.strategy.exchanges.get(client or "", EVERYTHING)
+            units = exchange.down if way == "down" else exchange.up
+            if ARRAYS in message.content.array_records:
+                for unit in codec.layout.units if units is None else units:
+                    total[unit] = total.get(unit, 0) + size[unit]
 
     def _stop_if_hopeless(self, server_round: int) -> None:
         """Raise where the run cannot be called a success: too many failed rounds, or not one good one."""
@@ -187,12 +199,3 @@ def _busiest_worker_seconds(replies: Iterable[Message]) -> float:
             seconds = first_metrics(reply).get("seconds", 0.0)
             busy[worker] = busy.get(worker, 0.0) + (float(seconds) if isinstance(seconds, int | float) else 0.0)
     return max(busy.values(), default=0.0)
-
-
-def _count_units(
-    total: dict[str, int], messages: Iterable[Message], codec: Codec, units: tuple[str, ...] | None
-) -> None:
-    """Add the bytes of every unit that travels, for each message that carries the model."""
-    carrying = sum(ARRAYS in message.content.array_records for message in messages)
-    for unit in codec.layout.units if units is None else units:
-        total[unit] = total.get(unit, 0) + carrying * num_bytes(codec.layout.part([unit]), codec.wire)

@@ -62,6 +62,8 @@ class Evaluation:
     """Share classified correctly, in [0, 1]."""
     loss: float
     """Mean cross-entropy."""
+    tuned_accuracy: float | None = None
+    """The same share after a further round of the client's own training, where it was asked for."""
 
 
 R = TypeVar("R")
@@ -207,11 +209,10 @@ def check_evaluation(reply: Message, client: str, prefix: str = "") -> Evaluatio
         Saying what is wrong with it.
     """
     metrics = _metrics(reply)
-    accuracy = float(number_field(metrics, f"{prefix}accuracy"))
-    if not 0.0 <= accuracy <= 1.0:
-        raise MessageError(f"its accuracy is {accuracy}, outside [0, 1].")
+    accuracy = _share(metrics, f"{prefix}accuracy")
+    tuned = _share(metrics, "tuned-accuracy") if "tuned-accuracy" in metrics else None
     loss = float(number_field(metrics, f"{prefix}loss"))
-    return Evaluation(client, _num_examples(metrics, f"{prefix}num-examples"), accuracy, loss)
+    return Evaluation(client, _num_examples(metrics, f"{prefix}num-examples"), accuracy, loss, tuned)
 
 
 def check_all(answered: dict[str, Message], failed: dict[str, str], check: Callable[[Message, str], R]) -> Collected[R]:
@@ -231,9 +232,19 @@ def first_metrics(reply: Message) -> MetricRecord:
 
 
 def foreign_metrics(replies: Sequence[Message]) -> MetricRecord | None:
-    """Average whatever metrics an app of another make reports, weighted by its examples, as Flower does."""
-    contents = [reply.content for reply in replies if reply.has_content()]
+    """Average whatever metrics an app of another make reports, weighted by its examples, as Flower does.
+
+    Replies without a positive number of examples, or with a number that is not finite, are left out.
+    """
+    contents = [reply.content for reply in replies if reply.has_content() and _countable(first_metrics(reply))]
     return aggregate_metricrecords(contents, "num-examples") if contents else None
+
+
+def _countable(metrics: MetricRecord) -> bool:
+    """Tell whether metrics have a positive ``num-examples`` and only finite numbers."""
+    numbers = [value for value in metrics.values() if isinstance(value, int | float)]
+    examples = metrics.get("num-examples")
+    return isinstance(examples, int | float) and examples > 0 and all(math.isfinite(value) for value in numbers)
 
 
 def mean_metric(updates: Sequence[Update], key: str) -> float | None:
@@ -247,6 +258,13 @@ def _metrics(reply: Message) -> MetricRecord:
     """Take the reply's metrics; an app of other habits may name the record as it likes."""
     records = list(reply.content.metric_records.values())
     return records[0] if len(records) == 1 else received_metrics(reply)
+
+
+def _share(metrics: MetricRecord, key: str) -> float:
+    share = float(number_field(metrics, key))
+    if not 0.0 <= share <= 1.0:
+        raise MessageError(f"its accuracy is {share}, outside [0, 1].")
+    return share
 
 
 def _num_examples(metrics: MetricRecord, key: str = "num-examples") -> int:

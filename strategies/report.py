@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from logging import WARNING
+from statistics import pstdev
 from typing import Any
 
 from flwr.app import MetricRecord
@@ -25,6 +26,14 @@ class RoundReport:
     clients_accuracy: dict[str, float] = field(default_factory=dict)
     """Accuracy by client on its own test images."""
     clients_accuracy_mean: float | None = None
+    """Mean of the above over clients, unweighted."""
+    clients_accuracy_worst: float | None = None
+    """Lowest of the above."""
+    clients_accuracy_deviation: float | None = None
+    """Standard deviation over clients (divided by their number)."""
+    tuned_accuracy: dict[str, float] = field(default_factory=dict)
+    """Accuracy by client after a further round of its own training, where ``strategy.evaluate_tuned`` asks for it."""
+    tuned_accuracy_mean: float | None = None
     """Mean of the above over clients, unweighted."""
     clients_evaluated_round: int | None = None
     """The round whose model the clients evaluated."""
@@ -51,6 +60,9 @@ class RoundReport:
     """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``calibrate``, ``total``, and
     ``wait``: the part of the train phase not explained by the busiest worker's own work."""
 
+    cohort: int = 0
+    """Number of clients that were asked to train."""
+
     def drop(self, what: str, reasons: dict[str, str]) -> None:
         """Record and log whose reply does not count, and why; ``what`` leads the reasons."""
         for client, reason in reasons.items():
@@ -65,7 +77,12 @@ class RoundReport:
             return None
         self.clients_accuracy = {evaluation.client: evaluation.accuracy for evaluation in evaluations}
         self.clients_accuracy_mean = sum(self.clients_accuracy.values()) / len(evaluations)
+        self.clients_accuracy_worst = min(self.clients_accuracy.values())
+        self.clients_accuracy_deviation = pstdev(self.clients_accuracy.values())
         self.clients_evaluated_round = server_round
+        self.tuned_accuracy = {e.client: e.tuned_accuracy for e in evaluations if e.tuned_accuracy is not None}
+        if self.tuned_accuracy:
+            self.tuned_accuracy_mean = sum(self.tuned_accuracy.values()) / len(self.tuned_accuracy)
         return MetricRecord({"accuracy": self.clients_accuracy_mean, "num-clients": len(evaluations)})
 
     def to_dict(self) -> dict[str, Any]:

@@ -22,10 +22,11 @@ class Exchange:
     up: tuple[str, ...] | None = None
     """Units that the client sends back, in order of the layout; None: all."""
     start: int = 0
-    """Round after which the client kept the values and the optimizer's state that it goes on from; 0: it starts from
-    what it receives, with a fresh optimizer."""
+    """Round after which the client kept the values that it goes on from; 0: it starts from what it receives."""
     keep: bool = False
-    """Keep values and optimizer's state after this round, for another that starts there."""
+    """Keep the values of this round, for another that starts there."""
+    moments: bool = False
+    """Keep the optimizer's state as well, and go on with the one that was kept."""
     run: str = ""
     """Name of the run that kept things belong to; another run never sees them."""
     wire: WireConfig = EXACT
@@ -43,6 +44,8 @@ class Exchange:
             fields["start"] = self.start
         if self.keep:
             fields["keep"] = True
+        if self.moments:
+            fields["moments"] = True
         if self.run:
             fields["run"] = self.run
         if self.wire.lossy:
@@ -61,14 +64,17 @@ class Exchange:
             If there is no such wire format.
         """
         start, keep, run = record.get("start", 0), record.get("keep", False), record.get("run", "")
-        if not isinstance(start, int) or isinstance(start, bool) or start < 0 or not isinstance(keep, bool):
-            raise MessageError(f"The instruction has start={start!r} and keep={keep!r}; it is not followed.")
+        moments = record.get("moments", False)
+        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+            raise MessageError(f"The instruction has start={start!r}; it is not followed.")
+        if not isinstance(keep, bool) or not isinstance(moments, bool):
+            raise MessageError(f"The instruction has keep={keep!r} and moments={moments!r}; it is not followed.")
         wire = typed(
             WireConfig, {"dtype": record.get("wire-dtype", "float32"), "scale": record.get("wire-scale", "channel")}
         )
         if not isinstance(run, str) or len(run) > MAX_RUN_NAME or ((start or keep or wire.lossy) and not run):
             raise MessageError("The instruction speaks of kept values without a proper name of the run.")
-        return Exchange(_names(record, "units-down"), _names(record, "units-up"), start, keep, run, wire)
+        return Exchange(_names(record, "units-down"), _names(record, "units-up"), start, keep, moments, run, wire)
 
     def check(self, layout: Layout) -> None:
         """Refuse units that the layout does not have in this order, and missing ones where nothing was kept.

@@ -22,7 +22,7 @@ from task.signals import NOTHING, SignalRequest, request_from_json
 ARRAYS, CONFIG, METRICS, SIGNALS = "arrays", "config", "metrics", "signals"
 IDENTIFY = "query.identify"
 MEASURE = "query.measure"
-EVALUATIONS = ("none", "received")
+EVALUATIONS = ("none", "received", "tuned")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Instruction:
     proximal_mu: float = 0.0
     """Weight of the proximal term mu/2 ||w - w_received||^2 added to the local loss."""
     evaluate: str = "none"
-    """``received``: also evaluate the received model on the client's test images, before training."""
+    """Along with training, ``received``: also evaluate the received model on the client's test images, before it. In an
+    evaluation, ``tuned``: also train for a round from there, evaluate that too, and forget it."""
     signals: SignalRequest = NOTHING
     """What to measure and send along."""
     exchange: Exchange = EVERYTHING

@@ -1,5 +1,6 @@
 """The strategy LIVAR: signals of training weigh the clients, per class and per layer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
@@ -75,7 +76,8 @@ class Livar(LayerwiseStrategy):
             images=self.config.variance_images,
         )
         self.score_sums: dict[str, Tensor] = {}
-        self._products: dict[str, Tensor] = {}
+        self.products: dict[str, Tensor] = {}
+        self._noted: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def request(self) -> SignalRequest:
         """Ask for what the options need, and no more."""
@@ -99,24 +101,35 @@ class Livar(LayerwiseStrategy):
         merge_head(merged, vectors, head, self.flat, layout)
         self.report.details |= {"head_weights": _rounded(head), "adapter_weights": _rounded(adapter)}
         if self.config.evaluated == "products":
-            self._products = stacked_products(vectors, shares, layout)
+            self._noted = (self._noted[0], stacked_products(vectors, shares, layout))
         return merged
+
+    def accept(self) -> None:
+        """Keep the sums of scores and the products of a round that counts."""
+        sums, self.products = self._noted
+        self.score_sums |= sums
+        self._noted = ({}, {})
 
     def evaluation_arrays(self, arrays: ArrayRecord) -> ArrayRecord:
         """Add the sample-weighted products where they are what is evaluated."""
-        if not self._products or not self.merged_rounds:
-            return arrays
-        return ArrayRecord({**arrays, **{name: Array(factor.numpy()) for name, factor in self._products.items()}})
+        return ArrayRecord({**arrays, **{name: Array(factor.numpy()) for name, factor in self.products.items()}})
+
+    @property
+    def evaluated(self) -> str:
+        """Name the products where they are what is evaluated."""
+        return "W0 + sum_m n_m/n B_m A_m with this head" if self.config.evaluated == "products" else ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state, and the sums of scores by client."""
+        """Return the base's state, the sums of scores by client, and the products that are evaluated."""
         sums = {client: total.clone() for client, total in self.score_sums.items()}
-        return super().state_dict() | {"score_sums": sums}
+        products = {name: factor.clone() for name, factor in self.products.items()}
+        return super().state_dict() | {"score_sums": sums, "products": products}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self.score_sums = {client: total.clone() for client, total in state["score_sums"].items()}
+        self.products = {name: factor.clone() for name, factor in state["products"].items()}
 
     def _head_weights(self, updates: Sequence[Update], samples: Tensor) -> Tensor:
         """Weights [clients, classes] of the head's rows."""
@@ -146,10 +159,12 @@ class Livar(LayerwiseStrategy):
         """Scores of A and of B, float64 [clients, layers], of the round or as the options say."""
         found = [torch.stack([update.signals["score-a"], update.signals["score-b"]]).double() for update in updates]
         if self.config.scores == "cumulative":
+            sums = {}
             for update, scores in zip(updates, found, strict=True):
                 before = self.score_sums.get(update.client, torch.zeros_like(scores))
                 scores += before
-                self.score_sums[update.client] = torch.where(torch.isfinite(scores), scores, before)
+                sums[update.client] = torch.where(torch.isfinite(scores), scores, before)
+            self._noted = (sums, self._noted[1])
         score_a, score_b = torch.stack(found, dim=1)
         if self.config.scores != "per_layer":
             return score_a, score_b
@@ -173,12 +188,22 @@ class Livar(LayerwiseStrategy):
         number = self.report.server_round
         if bad := [u.client for u, row in zip(updates, finite, strict=True) if not bool(row.all())]:
             log(WARNING, "Round %d: client %s: update scores that are not finite do not count.", number, ", ".join(bad))
+        refused = {u.client: count for u in updates if (count := int(_number(u, "refused-scores"))) > 0}
+        if refused:
+            self.report.details["refused_scores"] = refused
+            log(WARNING, "Round %d: gradients or moves that are not finite counted as 0: %s.", number, refused)
         if (
             len(updates) > 1
             and bool(finite.any())
             and all(bool((s[finite] == s[finite][:1]).all()) for s in (score_a, score_b))
         ):
             log(INFO, "Round %d: all update scores are equal; the adapter is merged uniformly.", number)
+
+
+def _number(update: Update, key: str) -> float:
+    """Read a metric that a client may leave out."""
+    value = update.metrics.get(key, 0)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 def stacked_products(vectors: Sequence[Tensor], weights: Sequence[float], layout: Layout) -> dict[str, Tensor]:

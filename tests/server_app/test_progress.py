@@ -27,6 +27,7 @@ def test_a_round_tells_everything():
             train_loss=1.23456,
             clients_used=["a", "b"],
             clients_dropped={"b": "evaluation: late", "c": "late"},
+            cohort=3,
             bytes_down=2_500_000,
             bytes_up=1_240_000,
         )

@@ -2,6 +2,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -262,8 +263,8 @@ def test_the_shared_array_is_serialised_once():
 
 def test_each_client_can_be_sent_its_own_content():
     class Own(FedAvg):
-        def content_for(self, client, shared):
-            return ArrayRecord({FLAT: flat_to_array(np.full(LAYOUT.size, float(client), np.float32))})
+        def model_for(self, client):
+            return torch.full((LAYOUT.size,), float(client))
 
     own, script = Own(FedAvgConfig(), make_strategy("fedavg").context), Script()
     start(script, strategy=own)
