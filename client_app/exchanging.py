@@ -1,5 +1,7 @@
 """A client's side of the exchange: what it starts a round from, sends back, and keeps."""
 
+from contextlib import suppress
+
 import torch
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from client_app.kept import Keeper
 from task.errors import MessageError
 from task.exchange import Exchange
-from task.messages import ARRAYS
+from task.messages import ARRAYS, NOT_KEPT
 from task.model import AdaptedModel
 from task.wire import decode, encode
 
@@ -51,6 +53,9 @@ class Exchanger:
         model, exchange = self._model, self._exchange
         if exchange.start:
             self._kept = self._keeper.load(exchange.start, model.layout.size)
+            needed = {"flat", "received"} if exchange.wire.lossy else {"flat"}
+            if not needed <= self._kept.keys():
+                raise MessageError(f"This client {NOT_KEPT} {exchange.start} as it is to go on from it.")
             model.flat.detach().copy_(self._kept["flat"])
         values = received_values(message, model, exchange)
         model.put(values, exchange.down)
@@ -71,7 +76,8 @@ class Exchanger:
             values = values - layout.take(self._received, exchange.up) + layout.take(error, exchange.up)
         record = encode(values, part, exchange.wire)
         if exchange.wire.lossy:
-            layout.put(error, exchange.up, values - decode(record, part, exchange.wire))
+            left = values - decode(record, part, exchange.wire)
+            layout.put(error, exchange.up, left.nan_to_num(0.0, 0.0, 0.0))
             keep["error"] = error
         if exchange.keep:
             state = optimizer.state[model.flat] if exchange.moments else {}
@@ -86,8 +92,10 @@ class Exchanger:
     def _error(self) -> Tensor:
         """Read the rounding error of the last round in which this client took part; zero before the first."""
         size = self._model.layout.size
-        last = self._exchange.start or self._keeper.last_before(self._round)
-        kept = self._kept or (self._keeper.load(last, size) if last else {})
+        kept, last = self._kept, self._keeper.last_before(self._round)
+        if not kept and last:
+            with suppress(MessageError):  # a file that cannot be read costs one rounding error
+                kept = self._keeper.load(last, size)
         return kept.get("error", torch.zeros(size)).clone()
 
 

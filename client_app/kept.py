@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,9 +15,9 @@ from torch import Tensor
 
 from task.errors import MessageError, StateError
 from task.folders import node_folder
+from task.messages import NOT_KEPT
 
 STATE_VARIABLE = "PETALWISE_STATE"
-KEPT_ROUNDS = 2
 DAYS_UNTOUCHED = 7
 
 
@@ -51,7 +52,7 @@ class Keeper:
         self.folder = self._run / _digest(client)
 
     def save(self, server_round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors after a round, and drop all rounds but this and the one before it.
+        """Keep tensors after a round, and drop all rounds but this and the last one before it.
 
         Raises
         ------
@@ -68,11 +69,12 @@ class Keeper:
             save_file(dict(tensors), part)
             os.replace(part, path)
         except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise StateError(f"This client cannot keep its state of round {server_round}: {reason}.") from error
-        for old in self._rounds()[:-KEPT_ROUNDS]:
-            self._path(old).unlink(missing_ok=True)
+        for other in set(self._rounds()) - {server_round, self.last_before(server_round)}:
+            self._path(other).unlink(missing_ok=True)
 
     def load(self, server_round: int, size: int) -> dict[str, Tensor]:
         """Read what was kept after a round.
@@ -102,7 +104,7 @@ class Keeper:
                 return {name: file.get_tensor(name) for name in shapes}
         except FileNotFoundError:
             had = ", ".join(map(str, self._rounds())) or "none"
-            raise MessageError(f"This client has not kept round {server_round}; it has: {had}.") from None
+            raise MessageError(f"This client {NOT_KEPT} {server_round}; it has: {had}.") from None
         except (OSError, SafetensorError) as error:
             raise MessageError(f"What this client kept of round {server_round} cannot be read.") from error
 
@@ -120,8 +122,8 @@ class Keeper:
         return self.folder / f"round-{server_round:06d}.safetensors"
 
     def _rounds(self) -> list[int]:
-        files = self.folder.glob("round-*.safetensors")
-        return sorted(int(file.stem.removeprefix("round-")) for file in files)
+        names = [file.stem.removeprefix("round-") for file in self.folder.glob("round-*.safetensors")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _digest(name: str) -> str:

@@ -6,19 +6,24 @@ from strategies.context import TaskContext
 from strategies.fedavg import FedAvg, FedAvgConfig
 from strategies.fedlama import FedLama, FedLamaConfig
 from strategies.fedluar import FedLuar, FedLuarConfig
+from strategies.fedper import FedPer, FedPerConfig, LocalOnly
 from strategies.fedprox import FedProx, FedProxConfig
 from strategies.ffa_lora import FfaLora, FfaLoraConfig
 from strategies.fisher import Fisher, FisherConfig
 from strategies.livar import Livar, LivarConfig
+from strategies.pfedla import PFedLa, PFedLaConfig
 from strategies.regmean import RegMean, RegMeanConfig
 from strategies.schedule import Schedule, ScheduleConfig
 
 STRATEGIES: dict[str, type[LayerwiseStrategy]] = {
     "fedavg": FedAvg,
+    "fedper": FedPer,
     "fedprox": FedProx,
     "ffa_lora": FfaLora,
     "fisher": Fisher,
     "livar": Livar,
+    "local": LocalOnly,
+    "pfedla": PFedLa,
     "regmean": RegMean,
 }
 """Strategy classes by the name that ``strategy=`` takes."""
@@ -37,6 +42,8 @@ __all__ = [
     "FedLamaConfig",
     "FedLuar",
     "FedLuarConfig",
+    "FedPer",
+    "FedPerConfig",
     "FedProx",
     "FedProxConfig",
     "FfaLora",
@@ -46,6 +53,9 @@ __all__ = [
     "LayerwiseStrategy",
     "Livar",
     "LivarConfig",
+    "LocalOnly",
+    "PFedLa",
+    "PFedLaConfig",
     "RegMean",
     "RegMeanConfig",
     "Schedule",

@@ -85,6 +85,8 @@ class LayerwiseStrategy(Strategy):
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
     lora_merges: ClassVar[tuple[str, ...]] = ("factors", "product_svd")
     """The values of ``lora.merge`` that the strategy can follow."""
+    plans_exchanges: ClassVar[bool] = False
+    """Whether the strategy itself says which units travel, so that no schedule and no calibration goes with it."""
     freezes_a: ClassVar[bool] = False
     """Whether ``lora.freeze_a=true`` is part of the strategy."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord
 
-from task.config import typed
+from task.config import validate
 from task.errors import MessageError
 from task.units import Layout
 from task.wire import EXACT, WireConfig
@@ -69,9 +69,7 @@ class Exchange:
             raise MessageError(f"The instruction has start={start!r}; it is not followed.")
         if not isinstance(keep, bool) or not isinstance(moments, bool):
             raise MessageError(f"The instruction has keep={keep!r} and moments={moments!r}; it is not followed.")
-        wire = typed(
-            WireConfig, {"dtype": record.get("wire-dtype", "float32"), "scale": record.get("wire-scale", "channel")}
-        )
+        wire = _wire(record.get("wire-dtype", EXACT.dtype), record.get("wire-scale", EXACT.scale))
         if not isinstance(run, str) or len(run) > MAX_RUN_NAME or ((start or keep or wire.lossy) and not run):
             raise MessageError("The instruction speaks of kept values without a proper name of the run.")
         return Exchange(_names(record, "units-down"), _names(record, "units-up"), start, keep, moments, run, wire)
@@ -99,6 +97,15 @@ def units_or_none(units: Sequence[str], layout: Layout) -> tuple[str, ...] | Non
     """Name units of a layout in its order; None where they are all."""
     chosen = tuple(unit for unit in layout.units if unit in set(units))
     return None if chosen == layout.units else chosen
+
+
+def _wire(dtype: object, scale: object) -> WireConfig:
+    """Check a received wire format; nothing in it is ever resolved or interpolated."""
+    if not isinstance(dtype, str) or not isinstance(scale, str):
+        raise MessageError("The instruction's wire format is no text; it is not followed.")
+    wire = WireConfig(dtype, scale)
+    validate(wire, "wire.")
+    return wire
 
 
 def _names(record: ConfigRecord, key: str) -> tuple[str, ...] | None:

@@ -60,7 +60,7 @@ def encode(values: Tensor, layout: Layout, wire: WireConfig) -> ArrayRecord:
     steps = torch.empty(layout.size, dtype=torch.int8)
     for spec, part, of_part in _parts(layout, scale, wire):
         found = values[part].view(spec.shape) / of_part
-        steps[part] = found.nan_to_num(0.0, 0.0, 0.0).round_().to(torch.int8).flatten()
+        steps[part] = found.nan_to_num(0.0, 0.0, 0.0).round_().clamp_(-LARGEST, LARGEST).to(torch.int8).flatten()
     return ArrayRecord({FLAT: flat_to_array(steps.numpy(), "int8"), SCALE: flat_to_array(scale.numpy())})
 
 

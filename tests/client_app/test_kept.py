@@ -91,7 +91,6 @@ def test_only_the_last_two_rounds_stay(keeper):
     assert keeper.load(1_000_000, SIZE)["flat"][0] == 1_000_000
 
 
-@pytest.mark.xfail(strict=True, raises=MessageError, reason="save() keeps the highest rounds, not the last")
 def test_a_round_that_is_run_again_is_kept(keeper):
     for server_round in (7, 8, 9):
         keeper.save(server_round, tensors(server_round))
@@ -208,7 +207,6 @@ def test_no_error_tells_where_the_folder_lies(keeper, folder):
         assert str(folder.parent) not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="save() fails again where it clears up")
 @pytest.mark.parametrize("level", ["node", "run", "client"])
 def test_a_file_in_place_of_a_folder_is_an_error_and_leaves_earlier_rounds_readable(keeper, folder, level):
     keeper.save(1, tensors())
@@ -355,7 +353,6 @@ def test_a_node_knows_its_folder(tmp_path):
     assert Node.from_config({"state": str(tmp_path)}, 1).state == tmp_path
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="state_folder() always asks for the home")
 def test_a_node_with_a_folder_needs_no_home(tmp_path, monkeypatch):
     def no_home():
         raise RuntimeError("Could not determine home directory.")

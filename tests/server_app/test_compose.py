@@ -21,6 +21,7 @@ PRESETS = {
     "ccvr": "fedavg",
     "fedlama": "fedavg",
     "fedluar": "fedavg",
+    "heur_pfedla": "pfedla",
     "livar_ccvr": "livar",
     "livar_published_code": "livar",
 }  # files that choose for a strategy

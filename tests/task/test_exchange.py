@@ -125,11 +125,10 @@ def test_units_that_are_no_list_of_names_are_refused_by_the_field(key, value):
 @pytest.mark.parametrize("key", ["wire-dtype", "wire-scale"])
 @pytest.mark.parametrize("value", ["float64", "", "INT8", 1, True, 1.5, b"int8", ["int8"], "${dtype}", "${nothing:x}"])
 def test_an_unknown_wire_format_is_refused(key, value):
-    with pytest.raises(ConfigError):
+    with pytest.raises((ConfigError, MessageError)):
         Exchange.from_record(ConfigRecord({key: value, "run": "r"}))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the client resolves them and tells")
 @pytest.mark.parametrize("key", ["wire-dtype", "wire-scale"])
 def test_an_interpolation_is_never_resolved(key, monkeypatch):
     """The error goes back to the server: it must not tell this machine's environment."""
@@ -139,7 +138,6 @@ def test_an_interpolation_is_never_resolved(key, monkeypatch):
     assert "hunter2" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="it is read as the default")
 @pytest.mark.parametrize("key", ["wire-dtype", "wire-scale"])
 def test_a_missing_values_mark_is_no_wire_format(key):
     with pytest.raises(ConfigError):

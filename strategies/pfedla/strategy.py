@@ -1,0 +1,153 @@
+"""The strategy pFedLA: a hypernetwork for each client weighs every layer unit of every client."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from strategies.base import StrategyConfig
+from strategies.keeping import KeepingStrategy
+from strategies.pfedla.hypernetwork import HypernetworkBank
+from strategies.pfedla.store import ModelStore, mixed_unit, stacked, unit_gain
+from strategies.replies import Update
+from task.config import bounded
+from task.exchange import EVERYTHING, Exchange, units_or_none
+
+MAX_REPORTED = 20_000
+
+
+@dataclass
+class PFedLaConfig(StrategyConfig):
+    """Options of :class:`PFedLa`."""
+
+    positivity: str = bounded("softmax", choices=("softmax", "relu_sum"))
+    """How a hypernetwork's outputs become weights."""
+    self_bias: float = bounded(0.0)
+    """Added to a client's output for itself; 0 starts near uniform weights, 5 near its own model (softmax)."""
+    learning_rate: float = bounded(5e-3, above=0.0)
+    """Step size of the hypernetworks (beta)."""
+    gain: str = bounded("product", choices=("product", "cosine"))
+    """What the hypernetworks climb: inner products of models and updates, or, our own variant, their cosines."""
+    retained: int = bounded(0, at_least=0)
+    """Units with the highest self weight that a client keeps as they are (k of HeurpFedLA); 0: none."""
+    store: str = bounded("float32", choices=("float32", "float16"))
+    """How the server holds the clients' models."""
+
+
+class PFedLa(KeepingStrategy):
+    """Personal models, each a sum of all clients' models with weights of its own for every layer unit.
+
+    The global model, which the server evaluates and saves, is the plain mean of the clients' models. A client that
+    joins late starts from the initial model, with a hypernetwork drawn for it; one that is absent keeps its last model
+    here, which goes on counting in the others' sums.
+
+    References
+    ----------
+    Ma, Zhang, Guo, Xu, "Layer-wised Model Aggregation for Personalized Federated Learning", CVPR 2022, arXiv
+    2205.03993. The update adds (d bar_theta / d psi)^T Delta: Delta is a descent move.
+    """
+
+    Config: ClassVar[type[StrategyConfig]] = PFedLaConfig
+    config: PFedLaConfig
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.clients: list[str] = []
+        self._alpha: dict[str, Tensor] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Make room for clients that joined, and ask the cohort to train."""
+        self._admit()
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def model_for(self, client: str) -> Tensor:
+        """Aggregate a client's personal model."""
+        return self.store.mixed(self._weights(client))
+
+    def exchange(self, server_round: int, client: str) -> Exchange:
+        """Leave out the retained units on the way down, once the client has any of its own."""
+        if not self.config.retained:
+            return EVERYTHING
+        start = self.last_round.get(client, 0)
+        sent = [unit for unit in self.codec.layout.units if unit not in self._retained(client)]
+        down = units_or_none(sent, self.codec.layout) if start else None
+        return Exchange(down=down, start=start, keep=True)
+
+    def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
+        """Step the hypernetworks by what training gained, put the clients' models into the store, return their mean."""
+        chosen = [self.clients.index(update.client) for update in updates]
+        alpha = torch.stack([self._weights(update.client) for update in updates])
+        gain = torch.empty_like(alpha)
+        for number, (unit, part) in enumerate(self.codec.layout.slices.items()):
+            rows, new = self.store.units[unit], stacked([update.flat for update in updates], part)
+            gain[:, number] = unit_gain(new, mixed_unit(alpha[:, number], rows), rows, self.config.gain == "cosine")
+            rows[chosen] = new.to(rows.dtype)
+        for row, update in zip(gain, updates, strict=True):
+            row[self._retained_numbers(update.client)] = 0.0
+        self.bank.step(chosen, gain)
+        self._alpha.clear()
+        if alpha.numel() <= MAX_REPORTED:
+            self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
+        return self.store.mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state, the store, the hypernetworks, and who is where."""
+        return super().state_dict() | {
+            "clients": list(self.clients),
+            "initial": self.store.initial.clone(),
+            "store": {unit: rows.clone() for unit, rows in self.store.units.items()},
+            "hypernetworks": {name: value.clone() for name, value in self.bank.parameters.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state that :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self.clients = list(state["clients"])
+        self._prepare(state["initial"])
+        self.store.units = {unit: rows.clone() for unit, rows in state["store"].items()}
+        self.bank.parameters = {name: value.clone() for name, value in state["hypernetworks"].items()}
+        self._alpha.clear()
+
+    def _admit(self) -> None:
+        new = [client for client in self.directory.identities if client not in self.clients]
+        self.clients += new
+        if not hasattr(self, "store"):
+            self._prepare(self.codec.initial)
+        elif new:
+            self.store.grow(len(self.clients))
+            self.bank.grow(len(self.clients))
+            self._alpha.clear()
+
+    def _prepare(self, initial: Tensor) -> None:
+        """Make store and hypernetworks for the clients known."""
+        c, layout = self.config, self.codec.layout if self.context.layout is None else self.context.layout
+        self.store = ModelStore(layout, initial, getattr(torch, c.store))
+        self.store.grow(len(self.clients))
+        units, seed = len(layout.units), self.context.seed
+        self.bank = HypernetworkBank(len(self.clients), units, c.positivity, c.self_bias, c.learning_rate, seed)
+
+    def _weights(self, client: str) -> Tensor:
+        """Weights of a client [units, clients], with one-hot rows for what it retains; the same until the next step."""
+        if client not in self._alpha:
+            number = self.clients.index(client)
+            alpha = self.bank.weights([number])[0]
+            kept = alpha[:, number].topk(min(self.config.retained, len(alpha))).indices
+            if self.last_round.get(client):
+                alpha[kept] = torch.nn.functional.one_hot(torch.tensor(number), alpha.shape[1]).float()
+            self._alpha[client] = alpha
+        return self._alpha[client]
+
+    def _retained_numbers(self, client: str) -> list[int]:
+        """Numbers of the units that a client keeps as they are."""
+        if not self.config.retained or not self.last_round.get(client):
+            return []
+        return [number for number, row in enumerate(self._weights(client)) if row[self.clients.index(client)] == 1.0]
+
+    def _retained(self, client: str) -> set[str]:
+        return {self.codec.layout.units[number] for number in self._retained_numbers(client)}

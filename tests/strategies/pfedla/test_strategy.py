@@ -1,0 +1,165 @@
+"""pFedLA over scripted clients: what is sent, what the server holds, who is absent, late or keeps units."""
+
+import numpy as np
+import pytest
+import torch
+
+from strategies import TaskContext
+from tests.strategies.scripted import (
+    BASE,
+    CLASSES,
+    LAYOUT,
+    Script,
+    ShufflingGrid,
+    final_flat,
+    initial_arrays,
+    make_strategy,
+    scripted_app,
+)
+from tests.strategies.test_fedlama import NAMES
+
+INITIAL = final_flat(initial_arrays())
+
+
+def drifting(client, server_round, received):
+    generator = np.random.default_rng([server_round, int(client)])
+    return received + (0.1 + int(client)) * generator.normal(size=received.shape)
+
+
+def run(rounds=3, values=drifting, clients=NAMES, shuffle=None, name="pfedla", **options):
+    strategy, script, reports = make_strategy(name, **options), Script(values=values), []
+    grid = ShufflingGrid(scripted_app(script), clients, shuffle)
+    result = strategy.start(grid, initial_arrays(), num_rounds=rounds, on_round=reports.append)
+    return final_flat(result.arrays), strategy, reports, script
+
+
+def starts(script):
+    return {(name, instruction.server_round): start for name, instruction, start in script.heard}
+
+
+def stored(strategy, client):
+    number = strategy.clients.index(client)
+    return np.concatenate([rows[number].float().numpy() for rows in strategy.store.units.values()])
+
+
+def test_clients_get_their_own_mixture_of_what_all_had():
+    _, strategy, reports, script = run(rounds=2)
+    left = np.stack([drifting(name, 1, INITIAL) for name in NAMES]).astype(np.float32)
+    for name in NAMES:
+        np.testing.assert_allclose(starts(script)[name, 1], INITIAL, rtol=1e-5, atol=1e-6)
+        alpha = np.array(reports[2].details["alpha"][NAMES.index(name)])
+        expected = np.empty(LAYOUT.size)
+        for row, part in zip(alpha, LAYOUT.slices.values(), strict=True):
+            expected[part] = row @ left[:, part]
+        np.testing.assert_allclose(starts(script)[name, 2], expected, atol=5e-3)
+        np.testing.assert_array_equal(
+            stored(strategy, name), drifting(name, 2, starts(script)[name, 2]).astype(np.float32)
+        )
+
+
+def test_the_global_model_is_the_mean_of_the_clients():
+    flat, strategy, _, _ = run()
+    np.testing.assert_allclose(flat, np.mean([stored(strategy, name) for name in NAMES], axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_climbs_what_training_gained():
+    """After a round, sum <bar_theta, Delta> over the same store is higher than before it."""
+    strategy = make_strategy("pfedla", learning_rate=1e-4)
+    run_once = ShufflingGrid(scripted_app(Script(values=drifting)), NAMES)
+    strategy.start(run_once, initial_arrays(), num_rounds=1)
+    store = {unit: rows.clone() for unit, rows in strategy.store.units.items()}
+    alpha = torch.stack([strategy.bank.weights([i])[0] for i in range(4)])
+    new = np.stack([drifting(name, 9, strategy.model_for(name).numpy()) for name in NAMES]).astype(np.float32)
+    gain = torch.stack(
+        [
+            (torch.tensor(new[:, part]) - alpha[:, number] @ store[unit]) @ store[unit].T
+            for number, (unit, part) in enumerate(LAYOUT.slices.items())
+        ],
+        dim=1,
+    )
+    strategy.bank.step(range(4), gain)
+    after = torch.stack([strategy.bank.weights([i])[0] for i in range(4)])
+    assert (after * gain).sum() > (alpha * gain).sum()
+
+
+def test_order_changes_no_bit():
+    expected, _, _, _ = run(shuffle=None)
+    for shuffle in range(3):
+        np.testing.assert_array_equal(run(shuffle=shuffle)[0], expected)
+
+
+def test_an_absent_clients_model_stays_and_counts():
+    clients = [str(i) for i in range(10)]
+    _, strategy, reports, script = run(rounds=4, clients=clients, fraction_train=0.3)
+    last = {}
+    for report in reports[1:]:
+        assert len(report.clients_used) == 3
+        last |= dict.fromkeys(report.clients_used, report.server_round)
+    assert strategy.last_round == last
+    for client in clients:
+        expected = drifting(client, last[client], starts(script)[client, last[client]]) if client in last else INITIAL
+        np.testing.assert_array_equal(stored(strategy, client), expected.astype(np.float32))
+
+
+def test_a_client_that_joins_late_starts_from_a_mixture_with_the_initial_model():
+    strategy, script = make_strategy("pfedla"), Script(values=drifting)
+
+    class GrowingGrid(ShufflingGrid):
+        def get_node_ids(self):
+            return list(super().get_node_ids())[: 4 if strategy.server_round < 2 else 5]
+
+    grid = GrowingGrid(scripted_app(script), [*NAMES, "9"])
+    strategy.start(grid, initial_arrays(), num_rounds=4)
+    assert strategy.clients == [*NAMES, "9"]
+    assert min(number for name, number in starts(script) if name == "9") in (2, 3)
+    assert np.isfinite(stored(strategy, "9")).all()
+
+
+def test_all_units_retained_is_training_alone():
+    _, strategy, _, script = run(rounds=4, retained=3)
+    for name in NAMES:
+        own = INITIAL
+        for number in range(1, 5):
+            np.testing.assert_allclose(starts(script)[name, number], own, rtol=1e-5, atol=1e-6)
+            own = drifting(name, number, starts(script)[name, number]).astype(np.float32)
+        np.testing.assert_array_equal(stored(strategy, name), own)
+
+
+@pytest.mark.parametrize("retained", [1, 2])
+def test_retained_units_do_not_travel_down_and_are_the_clients_own(retained):
+    _, strategy, reports, script = run(rounds=3, retained=retained)
+    full = sum(reports[1].bytes_down_by_unit.values())
+    for name, instruction, start in script.heard:
+        if instruction.server_round == 1:
+            assert instruction.exchange.down is None
+            continue
+        kept = set(LAYOUT.units) - set(instruction.exchange.down)
+        assert len(kept) == retained
+        assert instruction.exchange.up is None
+        before = drifting(name, instruction.server_round - 1, starts(script)[name, instruction.server_round - 1])
+        for unit in kept:
+            part = LAYOUT.slices[unit]
+            np.testing.assert_array_equal(start[part], before[part].astype(np.float32))
+    train_down = [sum(report.bytes_down_by_unit.values()) for report in reports[2:]]
+    assert all(0 < down < full for down in train_down)
+    assert np.isfinite(strategy.flat.numpy()).all()
+
+
+@pytest.mark.parametrize("options", [{"positivity": "relu_sum"}, {"gain": "cosine"}, {"store": "float16"}])
+def test_other_options_run(options):
+    flat, _, reports, _ = run(**options)
+    assert np.isfinite(flat).all()
+    alpha = np.array(reports[3].details["alpha"])
+    np.testing.assert_allclose(alpha.sum(-1), 1, atol=1e-3)
+
+
+def test_a_state_goes_on_where_it_was():
+    _, strategy, _, _ = run(retained=1)
+    other = make_strategy("pfedla", retained=1)
+    other.load_state_dict(strategy.state_dict())
+    other.codec = strategy.codec
+    for name in NAMES:
+        assert torch.equal(other.model_for(name), strategy.model_for(name))
+        assert other.exchange(4, name) == strategy.exchange(4, name)
+    assert isinstance(other.context, TaskContext)
+    assert (other.context.base, other.context.classes) == (BASE, CLASSES)
