@@ -7,7 +7,9 @@ import argparse
 import itertools
 import sys
 import time
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -101,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as strategy=fedprox train.lr=3e-4")
     parser.add_argument("--clients", type=int, default=10, help="number of simulated clients")
+    parser.add_argument("--run-config", type=Path, metavar="FILE", help="a TOML file with Flower's run config")
     arguments = parser.parse_args()
 
     from client_app.app import app
@@ -111,7 +114,8 @@ def main() -> None:
     try:
         if arguments.clients < 1:
             raise ConfigError(f"A run needs at least 1 client, not {arguments.clients}.")
-        run = compose_run({}, arguments.overrides)
+        given = {} if arguments.run_config is None else tomllib.loads(arguments.run_config.read_text(encoding="utf-8"))
+        run = compose_run(given, arguments.overrides)
         folder = run_federation(InProcessGrid(app, simulated_nodes(arguments.clients)), run)
     except PetalwiseError as error:
         sys.exit(f"The run stops: {error}")

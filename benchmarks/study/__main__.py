@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from benchmarks.study.in_process import InProcessLink
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.results import Store
 from benchmarks.study.runner import StudyRunner
@@ -51,7 +52,8 @@ def _run(arguments: argparse.Namespace) -> int:
     for option in ("data", "backbones"):
         if (folder := getattr(arguments, option)) is not None and not folder.is_dir():
             raise ConfigError(f"--{option} {folder} is not a folder.")
-    open_link = partial(SimulationSuperLink, data=arguments.data, backbones=arguments.backbones)
+    kind = InProcessLink if arguments.in_process else SimulationSuperLink
+    open_link = partial(kind, data=arguments.data, backbones=arguments.backbones)
     with _signals_interrupt(), _alone(ledger.store.folder):
         good = StudyRunner(ledger, open_link, arguments.only, arguments.time_limit).run()
     print(f"\n{study_tables(ledger)}")
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backbones", type=Path, metavar="DIR", help="where the clients find backbones (PETALWISE_BACKBONES)")
     add("--only", default="*", metavar="PATTERN", help="run cells whose key matches, such as 'beta0.2__livar*'")
     add("--seeds", type=int, nargs="+", metavar="N", help="other seeds than the study's")
+    add("--in-process", action="store_true", help="without Ray and SuperLink: one thread, the same results")
     add("--time-limit", type=float, metavar="MINUTES", help="start no cell after so many minutes")
     add("--table", action="store_true", help="show the tables of what is finished, and run nothing")
     add("--folder", type=Path, default=APP / "runs" / "study", metavar="DIR", help="where results are kept")
