@@ -410,7 +410,7 @@ def test_the_packaged_studies_compose(path):
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_a_study_runs_through_flower_and_resumes(tmp_path, capsys):
+def test_a_real_study_runs_and_resumes(tmp_path, capsys):
     """A cell finishes and one is refused for its partition; only that one would be run again."""
     values = {**UNTUNED, "settings": [{"name": "beta0.3"}], "seeds": [0]}
     values["base"] = {
@@ -419,7 +419,7 @@ def test_a_study_runs_through_flower_and_resumes(tmp_path, capsys):
     }
     broken = {"name": "prox", "strategy": "fedprox", "overrides": ["partition.min_samples=190"]}
     path = study_file(tmp_path, {**values, "methods": [UNTUNED["methods"][0], broken]})
-    assert main([str(path), "--folder", str(tmp_path / "results")]) == 1
+    assert main([str(path), "--folder", str(tmp_path / "results"), "--in-process"]) == 1
     out = capsys.readouterr().out
     assert "beta0.3__prox__seed0: refused after" in out
     assert "fewer than partition.min_samples=190; images per client:" in out
