@@ -61,6 +61,7 @@ def identify(message: Message, context: Context) -> Message:
             "base": worker.model.base,
             "layout": worker.model.layout.digest,
             "classes": classes_digest(worker.class_names),
+            "share": worker.share(node),
         }
     except PetalwiseError as error:
         answer["error"] = str(error)

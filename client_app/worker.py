@@ -166,6 +166,11 @@ class Worker:
             _note_eviction()
         return self._clients[node]
 
+    def share(self, node: Node) -> str:
+        """Name the partition that a node has, which no other may have; empty where its data are its own."""
+        index, count = partition_of(node, self.task.partition.kind)
+        return f"partition {index} of {count}" if count > 1 else ""
+
     @cached_property
     def _labels(self) -> np.ndarray:
         return labels_of(self._dataset)

@@ -1,5 +1,6 @@
 """Saving the trained adapter so that peft opens it, with a model card."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from server_app.compose import ComposedRun, RunSettings
 from strategies.report import RoundReport
-from task.backbone import backbone_folder, build_backbone, resolved
+from task.backbone import backbone_folder, base_hash, build_backbone, resolved
 from task.config import typed
+from task.errors import ModelError
 from task.libraries import peft
-from task.model import AdaptedModel
+from task.model import AdaptedModel, with_frozen_factors
 from task.units import HEAD
 
 CARD = """---
@@ -79,6 +81,7 @@ def save_adapter(
     views = model.layout.views(model.flat.detach().cpu())
     head = {spec.name: views[spec.name].clone() for spec in model.layout.tensors if spec.unit == HEAD}
     save_file(head, folder / "head.safetensors")
+    (folder / "petalwise.json").write_text(json.dumps({"base": model.base, "classes": class_names}), encoding="utf-8")
     (folder / "README.md").write_text(_card(model, run, class_names, reports, evaluated), encoding="utf-8")
 
 
@@ -100,14 +103,24 @@ def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftMo
     Raises
     ------
     PetalwiseError
-        If config or backbone cannot be had.
+        If config or backbone cannot be had, or the backbone's frozen weights are not those of the run.
     """
     settings = typed(RunSettings, OmegaConf.load(run_folder / "config.yaml"))
     adapter = run_folder / "adapter"
     num_classes = next(len(tensor) for tensor in load_file(adapter / "head.safetensors").values())
     folder = backbones or backbone_folder({})
     backbone = build_backbone(resolved(settings.backbone), num_classes, folder, settings.seed)
-    return peft.PeftModel.from_pretrained(backbone, str(adapter)).eval()
+    base = base_hash(backbone)
+    model = peft.PeftModel.from_pretrained(backbone, str(adapter)).eval()
+    if settings.lora.freeze_a:
+        base = with_frozen_factors(base, model)
+    wanted = json.loads((adapter / "petalwise.json").read_text(encoding="utf-8"))["base"]
+    if base != wanted:
+        raise ModelError(
+            f"The backbone {settings.backbone.name} here has frozen weights with hash {base[:12]}; the run's had "
+            f"{wanted[:12]}, and its adapter is of use with those alone."
+        )
+    return model
 
 
 def _card(

@@ -72,6 +72,8 @@ class ClientDirectory:
     """Nodes that cannot take part, by node id."""
     unanswered: dict[int, int] = field(default_factory=dict)
     """How often each node has been asked without an answer."""
+    shares: dict[str, str] = field(default_factory=dict)
+    """Partition by identity, of clients that have one of a common data set."""
     _sent: dict[str, str] = field(default_factory=dict)
 
     def discover(self, grid: Grid, context: TaskContext, layout: str, timeout: float) -> list[Message]:
@@ -139,10 +141,12 @@ class ClientDirectory:
         if reply is None or reply.has_error():
             self._note_silence(node, "no answer" if reply is None else str(reply.error.reason), context)
             return
+        share = ""
         try:
             record = received_config(reply)
-            name = text_field(record, "client")
+            name, share = text_field(record, "client"), str(record.get("share") or "")
             problem = str(record.get("error") or "") or _name_problem(name) or _difference(record, context, layout)
+            problem = problem or self._share_problem(name, share)
         except MessageError as error:
             name, problem = f"node-{node}", str(error)
         name_taken = not problem and name in self.nodes
@@ -151,7 +155,12 @@ class ClientDirectory:
         if problem:
             self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH], name_taken)
         else:
-            self.nodes[name] = node
+            self.nodes[name], self.shares[name] = node, share
+
+    def _share_problem(self, name: str, share: str) -> str:
+        """Say who has a client's images already, or nothing."""
+        holders = [other for other in self.nodes if share and other != name and self.shares.get(other) == share]
+        return f"client {holders[0]} has {share} already; give it a `partition-id` of its own" if holders else ""
 
     def _note_silence(self, node: int, reason: str, context: TaskContext) -> None:
         """Count a query without a proper answer; an app without the query is known by its node id."""

@@ -156,12 +156,12 @@ def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) 
     base, head = base_hash(backbone), head_name(backbone)
     module = add_adapter(backbone, task.lora, task.seed).eval()
     if task.lora.freeze_a:
-        base = _with_frozen_factors(base, module)
+        base = with_frozen_factors(base, module)
     shapes = {canonical_name(name): p.shape for name, p in module.named_parameters() if p.requires_grad}
     return AdaptedModel(module, make_layout(shapes, task.lora.units, head), base)  # type: ignore[arg-type]
 
 
-def _with_frozen_factors(base: str, module: peft.PeftModel) -> str:
+def with_frozen_factors(base: str, module: peft.PeftModel) -> str:
     """Digest the hash of the backbone together with the matrices A that nobody trains or sends."""
     digest = hashlib.sha256(base.encode())
     for name, parameter in module.named_parameters():

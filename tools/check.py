@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server_app.compose import FIRST_CLASS_KEYS, compose_run
+from strategies import StrategyConfig
 from task.errors import ConfigError, did_you_mean
 from tools.simulation import run_config_pairs
 
@@ -40,7 +41,11 @@ def check_run(app: Path, run_config: Sequence[str], clients: int) -> None:
                 f"The run config has no key {key!r}; it has: {', '.join(KEYS)}. Anything else goes into "
                 f"overrides.{did_you_mean(key, KEYS)}"
             )
-    strategy = compose_run(values).strategy
+    check_clients(compose_run(values).strategy, clients)
+
+
+def check_clients(strategy: StrategyConfig, clients: int) -> None:
+    """Refuse fewer simulated clients than a strategy waits for, by a ConfigError."""
     needed = max(strategy.min_clients, strategy.min_available_clients)
     if clients < needed:
         raise ConfigError(

@@ -109,6 +109,7 @@ def main() -> None:
     from client_app.app import app
     from server_app.app import run_federation
     from server_app.compose import compose_run
+    from tools.check import check_clients
 
     began = time.perf_counter()
     try:
@@ -116,6 +117,7 @@ def main() -> None:
             raise ConfigError(f"A run needs at least 1 client, not {arguments.clients}.")
         given = {} if arguments.run_config is None else tomllib.loads(arguments.run_config.read_text(encoding="utf-8"))
         run = compose_run(given, arguments.overrides)
+        check_clients(run.strategy, arguments.clients)
         folder = run_federation(InProcessGrid(app, simulated_nodes(arguments.clients)), run)
     except PetalwiseError as error:
         sys.exit(f"The run stops: {error}")

@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from task.config import first_line, typed
 from task.errors import ConfigError
@@ -49,9 +51,6 @@ def read_table(name: str) -> MergeTable:
     ConfigError
         If there is no such file, or it is not a table.
     """
-    from omegaconf import OmegaConf  # kept out of the imports of the pure functions
-    from yaml import YAMLError
-
     path = Path(name) if name.endswith((".yaml", ".yml")) else TABLE_FOLDER / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in TABLE_FOLDER.glob("*.yaml")))
