@@ -11,7 +11,18 @@ from task.arrays import FLAT, flat_to_array
 from task.config import task_to_json
 from task.data.sources import DATA_VARIABLE
 from task.errors import DataError
-from task.messages import ARRAYS, CONFIG, IDENTIFY, METRICS, Instruction, classes_digest, flat_content, received_flat
+from task.exchange import Exchange
+from task.messages import (
+    ARRAYS,
+    CONFIG,
+    IDENTIFY,
+    METRICS,
+    NOT_KEPT,
+    Instruction,
+    classes_digest,
+    flat_content,
+    received_flat,
+)
 from task.model import build_model
 from tools.debug import InProcessGrid, simulated_nodes
 
@@ -88,6 +99,30 @@ def test_the_received_model_is_evaluated_along_with_training_where_asked(grid, m
     assert along["test-loss"] == separate["loss"]
     assert along["test-num-examples"] == separate["num-examples"]
     assert "test-accuracy" not in ask(grid, 1, MessageType.TRAIN, content(model)).content[METRICS]
+
+
+def test_an_evaluation_after_tuning_forgets_the_tuning(grid, model):
+    plain = ask(grid, 1, MessageType.EVALUATE, content(model)).content[METRICS]
+    tuned = ask(grid, 1, MessageType.EVALUATE, content(model, evaluate="tuned")).content[METRICS]
+    assert tuned["accuracy"] == plain["accuracy"]
+    assert tuned["loss"] == plain["loss"]
+    assert tuned["tuned-loss"] < plain["loss"]
+    again = ask(grid, 1, MessageType.EVALUATE, content(model)).content[METRICS]
+    assert again["loss"] == plain["loss"]
+    assert "tuned-loss" not in again
+
+
+def test_a_client_goes_on_from_what_it_kept(grid, model):
+    """Two rounds without any exchange between them are two rounds with one in which nothing changed."""
+    everything = content(model, 1, exchange=Exchange(keep=True, run="a"))
+    first = received_flat(ask(grid, 1, MessageType.TRAIN, everything), model.layout.size)
+    nothing = Instruction(2, task_json(), model.layout.digest, exchange=Exchange(down=(), start=1, run="a"))
+    alone = ask(grid, 1, MessageType.TRAIN, flat_content(flat_to_array(np.empty(0, np.float32)), nothing))
+    sent = Instruction(2, task_json(), model.layout.digest)
+    again = ask(grid, 1, MessageType.TRAIN, flat_content(flat_to_array(np.array(first)), sent))
+    np.testing.assert_array_equal(*(received_flat(reply, model.layout.size) for reply in (alone, again)))
+    lost = ask(grid, 2, MessageType.TRAIN, flat_content(flat_to_array(np.empty(0, np.float32)), nothing))
+    assert NOT_KEPT in lost.error.reason
 
 
 def test_proximal_training_stays_nearer(grid, model):

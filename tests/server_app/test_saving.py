@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from server_app.compose import compose_run
 from server_app.saving import open_adapter, save_adapter
 from strategies.report import RoundReport
+from task.errors import ModelError
 from task.libraries import peft, timm
 from task.model import build_model
 
@@ -98,3 +99,13 @@ def test_open_adapter_gives_the_logits_of_the_run(saved, run, model):
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(opened(images), model(images))
+
+
+def test_open_adapter_refuses_another_backbone(saved, run):
+    (saved.parent / "config.yaml").write_text(run.yaml)
+    open_adapter(saved.parent)
+    facts = json.loads((saved / "petalwise.json").read_text())
+    assert facts["classes"] == CLASSES
+    (saved / "petalwise.json").write_text(json.dumps({**facts, "base": "ab" * 32}))
+    with pytest.raises(ModelError, match="the run's had abababababab"):
+        open_adapter(saved.parent)

@@ -40,6 +40,7 @@ class Script:
     edit: Callable[[str, int, RecordDict], RecordDict] = lambda name, server_round, content: content
     base: Callable[[str], str] = lambda name: BASE
     classes: Callable[[str], str] = lambda name: CLASSES
+    share: Callable[[str], str] = lambda name: ""
     silent: Callable[[str], bool] = lambda name: False
     layout: Layout = LAYOUT
     signals: Callable[[str, Instruction], ArrayRecord] = lambda name, instruction: scripted_signals(name, instruction)
@@ -97,6 +98,7 @@ def scripted_app(script: Script) -> ClientApp:
         if script.silent(name):
             raise RuntimeError("starting up")
         held = {"base": script.base(name), "layout": script.layout.digest, "classes": script.classes(name)}
+        held["share"] = script.share(name)
         record = ConfigRecord({"client": name, **held})
         return Message(RecordDict({CONFIG: record}), reply_to=message)
 
@@ -132,6 +134,8 @@ def scripted_app(script: Script) -> ClientApp:
     def evaluate(message: Message, context: Context) -> Message:
         accuracy = (int(context.node_config["name"]) + 1) / 100
         metrics = MetricRecord({"num-examples": 5, "accuracy": accuracy, "loss": 1.0, "seconds": 0.0})
+        if Instruction.from_record(received_config(message)).evaluate == "tuned":
+            metrics["tuned-accuracy"] = 2 * accuracy
         return Message(RecordDict({METRICS: metrics}), reply_to=message)
 
     return app

@@ -139,6 +139,39 @@ def test_two_nodes_of_the_same_name_are_told_apart():
     assert "has the name '1' already" in reports[1].clients_refused["1"]
 
 
+def test_two_nodes_with_the_same_images_are_told_apart():
+    script = Script(share=lambda name: "partition 1 of 4" if name in ("1", "3") else f"partition {name} of 4")
+    _, reports = start(script)
+    assert reports[1].clients_used == ["0", "1", "2"]
+    assert "client 1 has partition 1 of 4 already" in reports[1].clients_refused["3"]
+
+
+def test_a_node_that_comes_back_as_another_is_welcome_once_the_old_one_has_left():
+    strategy, reports = make_strategy("fedavg"), []
+
+    class ReturningGrid(ShufflingGrid):
+        def get_node_ids(self):
+            number = strategy.server_round
+            return {0: [1, 2, 3], 1: [1, 2, 3], 2: [1, 2, 3, 4], 3: [1, 2, 4]}[min(number, 3)]
+
+    grid = ReturningGrid(scripted_app(Script()), ["0", "1", "2", "2"])
+    strategy.start(grid, initial_arrays(), num_rounds=4, on_round=reports.append)
+    assert [report.clients_used for report in reports[1:]] == [["0", "1", "2"]] * 4
+    assert "has the name '2' already" in reports[2].clients_refused["2"]
+    assert reports[4].clients_refused == {}
+    assert strategy.directory.nodes["2"] == 4
+
+
+def test_clients_also_evaluate_what_a_round_of_their_own_makes_of_the_model():
+    _, reports = start(evaluate_tuned=True)
+    assert reports[1].tuned_accuracy == {name: (int(name) + 1) / 50 for name in NAMES}
+    assert reports[1].tuned_accuracy_mean == pytest.approx(0.05)
+    assert reports[1].clients_accuracy_worst == 0.01
+    assert reports[1].clients_accuracy_deviation == pytest.approx(np.std([0.01, 0.02, 0.03, 0.04]))
+    _, without = start()
+    assert without[1].tuned_accuracy == {}
+
+
 @pytest.mark.parametrize("name", ["", "x" * 65, "line\nbreak"])
 def test_a_name_that_is_none_is_refused(name):
     script = Script(num_examples=lambda name: 1, values=lambda name, server_round, received: received)
