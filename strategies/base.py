@@ -143,9 +143,9 @@ class LayerwiseStrategy(Strategy):
         """Say which units travel to a client that evaluates or measures; all by default."""
         return EVERYTHING
 
-    def model_for(self, client: str) -> torch.Tensor:
-        """Return the model that a client is sent, float32 [n]; the global one by default."""
-        return self.flat
+    def models_for(self, clients: Sequence[str]) -> Iterable[torch.Tensor]:
+        """Give the models that clients are sent, float32 [n], one after another; the global one by default."""
+        return (self.flat for _ in clients)
 
     def without_training(self, server_round: int) -> Instruction:
         """Say what clients shall do in a phase that does not train."""
@@ -355,18 +355,17 @@ class LayerwiseStrategy(Strategy):
         records: dict[Exchange, ConfigRecord] = {}
         packed: dict[tuple[str, ...] | None, ArrayRecord] = {} if self.codec.wire.lossy else {None: arrays}
         messages = []
-        for client, exchange in self.exchanges.items():
+        for (client, exchange), model in zip(self.exchanges.items(), self.models_for(clients), strict=True):
             if exchange not in records:
                 records[exchange] = ConfigRecord({**config, **replace(asked, exchange=exchange).to_record()})
-            content = RecordDict({ARRAYS: self._arrays_for(client, exchange, packed), CONFIG: records[exchange]})
+            content = RecordDict({ARRAYS: self._arrays_for(model, exchange, packed), CONFIG: records[exchange]})
             messages.append(Message(content, self.directory.nodes[client], kind, group_id=str(server_round)))
         return messages
 
     def _arrays_for(
-        self, client: str, exchange: Exchange, packed: dict[tuple[str, ...] | None, ArrayRecord]
+        self, model: torch.Tensor, exchange: Exchange, packed: dict[tuple[str, ...] | None, ArrayRecord]
     ) -> ArrayRecord:
         """Write the units that a client is sent; those of the global model once for all."""
-        model = self.model_for(client)
         if model is not self.flat:
             return self.codec.to_send(model, exchange.down)
         if exchange.down not in packed:
@@ -402,7 +401,8 @@ class LayerwiseStrategy(Strategy):
         units = self.exchanges[client].up
         update = check_update(reply, client, self.codec, self.context.base, self.asked_signals, units)
         if units is not None or self.codec.wire.lossy:
-            flat, sent = self.model_for(client).clone(), update.flat
+            (received,) = self.models_for([client])
+            flat, sent = received.clone(), update.flat
             if self.codec.wire.lossy:
                 sent = sent + self.codec.layout.take(flat, units)
             self.codec.layout.put(flat, units, sent)

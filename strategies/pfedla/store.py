@@ -38,21 +38,21 @@ class ModelStore:
                 self.units[unit] = torch.cat([self.units[unit], row])
 
     def mixed(self, alpha: Tensor) -> Tensor:
-        """Aggregate one client's model: bar_theta^l = sum_j alpha[l,j] theta_j^l.
+        """Aggregate some clients' models: bar_theta_i^l = sum_j alpha_i[l,j] theta_j^l.
 
         Parameters
         ----------
-        alpha : Tensor, float32, [units, clients]
-            The client's weights; a row that is one at a single client gives that client's unit to the bit.
+        alpha : Tensor, float32, [k, units, clients]
+            The clients' weights; a row that is one at a single client gives that client's unit to the bit.
 
         Returns
         -------
-        Tensor, float32, [n]
+        Tensor, float32, [k, n]
             bar_theta.
         """
-        flat = torch.empty(self.layout.size)
-        for row, (unit, part) in zip(alpha, self.layout.slices.items(), strict=True):
-            flat[part] = mixed_unit(row[None], self.units[unit])[0]
+        flat = torch.empty(len(alpha), self.layout.size)
+        for number, (unit, part) in enumerate(self.layout.slices.items()):
+            flat[:, part] = mixed_unit(alpha[:, number], self.units[unit])
         return flat
 
     def mean(self) -> Tensor:
@@ -66,14 +66,11 @@ class ModelStore:
 def mixed_unit(alpha: Tensor, rows: Tensor) -> Tensor:
     """Aggregate a unit for several clients, alpha [k, clients] times rows [clients, dim], float32 [k, dim].
 
-    One-hot rows of alpha take the client's values as they are: no product is to round them, or to spread a NaN.
+    One-hot rows of alpha take the client's values as they are: no product is to round them.
     """
-    found = torch.empty(len(alpha), rows.shape[1])
-    whole = alpha.amax(1) == 1.0
-    if bool(whole.any()):
-        found[whole] = rows[alpha[whole].argmax(1)].float()
-    if not bool(whole.all()):
-        found[~whole] = alpha[~whole] @ rows.float()
+    found = alpha @ rows.float()
+    for number in torch.nonzero(alpha.amax(1) == 1.0).flatten().tolist():
+        found[number] = rows[alpha[number].argmax()]
     return found
 
 

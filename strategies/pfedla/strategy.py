@@ -1,6 +1,6 @@
 """The strategy pFedLA: a hypernetwork for each client weighs every layer unit of every client."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,6 +8,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
+from torch.nn import functional
 
 from strategies.base import StrategyConfig
 from strategies.keeping import KeepingStrategy
@@ -18,6 +19,7 @@ from task.config import bounded
 from task.exchange import EVERYTHING, Exchange, units_or_none
 
 MAX_REPORTED = 20_000
+CLIENTS_AT_ONCE = 16
 
 
 @dataclass
@@ -66,9 +68,10 @@ class PFedLa(KeepingStrategy):
         self._admit()
         return super().configure_train(server_round, arrays, config, grid)
 
-    def model_for(self, client: str) -> Tensor:
-        """Aggregate a client's personal model."""
-        return self.store.mixed(self._weights(client))
+    def models_for(self, clients: Sequence[str]) -> Iterator[Tensor]:
+        """Aggregate clients' personal models, some at a time: each pass reads the whole store once."""
+        for first in range(0, len(clients), CLIENTS_AT_ONCE):
+            yield from self.store.mixed(self._weights(clients[first : first + CLIENTS_AT_ONCE]))
 
     def exchange(self, server_round: int, client: str) -> Exchange:
         """Leave out the retained units on the way down, once the client has any of its own."""
@@ -82,12 +85,10 @@ class PFedLa(KeepingStrategy):
     def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
         """Step the hypernetworks by what training gained, put the clients' models into the store, return their mean."""
         chosen = [self.clients.index(update.client) for update in updates]
-        alpha = torch.stack([self._weights(update.client) for update in updates])
+        alpha = self._weights([update.client for update in updates])
         gain = torch.empty_like(alpha)
-        for number, (unit, part) in enumerate(self.codec.layout.slices.items()):
-            rows, new = self.store.units[unit], stacked([update.flat for update in updates], part)
-            gain[:, number] = unit_gain(new, mixed_unit(alpha[:, number], rows), rows, self.config.gain == "cosine")
-            rows[chosen] = new.to(rows.dtype)
+        for number, unit in enumerate(self.codec.layout.units):
+            gain[:, number] = self._take_over(unit, chosen, alpha[:, number], updates)
         for row, update in zip(gain, updates, strict=True):
             row[self._retained_numbers(update.client)] = 0.0
         self.bank.step(chosen, gain)
@@ -95,6 +96,14 @@ class PFedLa(KeepingStrategy):
         if alpha.numel() <= MAX_REPORTED:
             self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
         return self.store.mean()
+
+    def _take_over(self, unit: str, chosen: list[int], alpha: Tensor, updates: Sequence[Update]) -> Tensor:
+        """Put a unit's new values into the store; return what the old store says of them, G [k, clients]."""
+        rows = self.store.units[unit]
+        new = stacked([update.flat for update in updates], self.codec.layout.slices[unit])
+        gain = unit_gain(new, mixed_unit(alpha, rows), rows, self.config.gain == "cosine")
+        rows[chosen] = new.to(rows.dtype)
+        return gain
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state, the store, the hypernetworks, and who is where."""
@@ -132,22 +141,25 @@ class PFedLa(KeepingStrategy):
         units, seed = len(layout.units), self.context.seed
         self.bank = HypernetworkBank(len(self.clients), units, c.positivity, c.self_bias, c.learning_rate, seed)
 
-    def _weights(self, client: str) -> Tensor:
-        """Weights of a client [units, clients], with one-hot rows for what it retains; the same until the next step."""
-        if client not in self._alpha:
-            number = self.clients.index(client)
-            alpha = self.bank.weights([number])[0]
-            kept = alpha[:, number].topk(min(self.config.retained, len(alpha))).indices
-            if self.last_round.get(client):
-                alpha[kept] = torch.nn.functional.one_hot(torch.tensor(number), alpha.shape[1]).float()
-            self._alpha[client] = alpha
-        return self._alpha[client]
+    def _weights(self, clients: Sequence[str]) -> Tensor:
+        """Weights [len(clients), units, clients], one-hot for what is retained; the same until the next step."""
+        for client in clients:
+            if client not in self._alpha:
+                number = self.clients.index(client)
+                alpha = self.bank.weights([number])[0]  # one at a time: a batch would round in its own way
+                if self.last_round.get(client):
+                    kept = alpha[:, number].topk(min(self.config.retained, len(alpha))).indices
+                    alpha[kept] = functional.one_hot(torch.tensor(number), alpha.shape[1]).float()
+                self._alpha[client] = alpha
+        return torch.stack([self._alpha[client] for client in clients])
 
     def _retained_numbers(self, client: str) -> list[int]:
         """Numbers of the units that a client keeps as they are."""
         if not self.config.retained or not self.last_round.get(client):
             return []
-        return [number for number, row in enumerate(self._weights(client)) if row[self.clients.index(client)] == 1.0]
+        return [
+            number for number, row in enumerate(self._weights([client])[0]) if row[self.clients.index(client)] == 1.0
+        ]
 
     def _retained(self, client: str) -> set[str]:
         return {self.codec.layout.units[number] for number in self._retained_numbers(client)}

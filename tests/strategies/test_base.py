@@ -296,8 +296,8 @@ def test_the_shared_array_is_serialised_once():
 
 def test_each_client_can_be_sent_its_own_content():
     class Own(FedAvg):
-        def model_for(self, client):
-            return torch.full((LAYOUT.size,), float(client))
+        def models_for(self, clients):
+            return (torch.full((LAYOUT.size,), float(client)) for client in clients)
 
     own, script = Own(FedAvgConfig(), make_strategy("fedavg").context), Script()
     start(script, strategy=own)

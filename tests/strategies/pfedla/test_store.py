@@ -28,7 +28,7 @@ def test_one_hot_weights_give_that_clients_model_to_the_bit():
     store = filled()
     for client in range(4):
         alpha = torch.nn.functional.one_hot(torch.full((3,), client), 4).float()
-        assert torch.equal(store.mixed(alpha), whole(store)[client])
+        assert torch.equal(store.mixed(alpha[None])[0], whole(store)[client])
 
 
 def test_a_mixed_model_by_hand():
@@ -36,7 +36,7 @@ def test_a_mixed_model_by_hand():
     expected = np.concatenate(
         [row @ rows.numpy() for row, rows in zip(alpha.numpy(), store.units.values(), strict=True)]
     )
-    np.testing.assert_allclose(store.mixed(alpha), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(store.mixed(alpha[None])[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_of_both_kinds_go_together():
@@ -69,6 +69,6 @@ def test_a_store_grows_by_the_initial_model():
 
 def test_halves_hold_nearly_the_same():
     exact, short, alpha = filled(), filled(torch.float16), torch.rand(3, 4).softmax(1)
-    torch.testing.assert_close(short.mixed(alpha), exact.mixed(alpha), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(short.mixed(alpha[None]), exact.mixed(alpha[None]), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(short.mean(), exact.mean(), rtol=2e-3, atol=2e-3)
     assert short.units["head"].dtype == torch.float16

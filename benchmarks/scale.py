@@ -1,0 +1,142 @@
+"""What one server can hold: pFedLA's step and the aggregation of many ViT-B adapters, as ratios taken in one run.
+
+Run: ``python -m benchmarks.scale`` (``--json FILE``, ``--only NAME``). Each case is a process of its own, so that its
+peak memory is its own. No network and no clients: what is measured is the server's arithmetic on updates that are there.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, MetricRecord
+
+from strategies.arithmetic import sample_weights, weighted_sum
+from strategies.context import TaskContext
+from strategies.pfedla import PFedLa, PFedLaConfig
+from strategies.replies import Update
+from strategies.report import RoundReport
+from task.units import Layout, make_layout
+
+WIDTHS = {"vit_b": 768, "vit_ti": 192}
+REPEATS = 3
+
+
+def adapter_layout(model: str, rank: int, classes: int = 100) -> Layout:
+    """Lay out a ViT's adapter of attn.qkv, attn.proj, mlp.fc1, mlp.fc2 in 12 blocks, and its head: 13 units."""
+    d, shapes = WIDTHS[model], {}
+    for block in range(12):
+        for name, inputs, outputs in (
+            ("attn.qkv", d, 3 * d),
+            ("attn.proj", d, d),
+            ("mlp.fc1", d, 4 * d),
+            ("mlp.fc2", 4 * d, d),
+        ):
+            shapes[f"blocks.{block}.{name}.lora_A.weight"] = (rank, inputs)
+            shapes[f"blocks.{block}.{name}.lora_B.weight"] = (outputs, rank)
+    return make_layout({**shapes, "head.weight": (classes, d), "head.bias": (classes,)})
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seconds(action: Callable[[], object]) -> list[float]:
+    """Time an action, after once to warm up."""
+    action()
+    found = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        action()
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def pfedla_step(model: str, rank: int, clients: int, selected: int) -> dict[str, float]:
+    """Merge a round's updates, step the hypernetworks, and aggregate every selected client's next model."""
+    layout = adapter_layout(model, rank)
+    strategy = PFedLa(PFedLaConfig(name="pfedla"), TaskContext(layout=layout))
+    strategy.clients = [str(number) for number in range(clients)]
+    strategy.codec = _Codec(layout)  # type: ignore[assignment]
+    strategy.report = RoundReport(1)
+    strategy._prepare(torch.randn(layout.size))
+    chosen = strategy.clients[:selected]
+    updates = [Update(name, torch.randn(layout.size), 1, MetricRecord(), ConfigRecord()) for name in chosen]
+    store = 4 * layout.size * clients
+    for _ in strategy.models_for(chosen[:1]):
+        pass
+    before = peak_bytes()
+    merging = seconds(lambda: strategy.merge(1, updates))
+    merged = peak_bytes() - before
+    sending = seconds(lambda: [model.sum() for model in strategy.models_for(chosen)])
+    return {
+        "merge_seconds": statistics.median(merging),
+        "models_seconds": statistics.median(sending),
+        "store_gb": store / 1e9,
+        "extra_memory_by_store": merged / store,
+        "extra_memory_with_models_by_store": (peak_bytes() - before) / store,
+    }
+
+
+class _Codec:
+    """Stands for a strategy's codec, of which only the layout is used here."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+
+def aggregation(model: str, rank: int, clients: int) -> dict[str, float]:
+    """Average adapters, against reading them once: the same bytes summed by torch in the same process."""
+    size = adapter_layout(model, rank).size
+    vectors = [torch.randn(size) for _ in range(clients)]
+    weights = sample_weights(list(range(1, clients + 1)))
+    merging = seconds(lambda: weighted_sum(vectors, weights))
+    reading = seconds(lambda: [vector.sum() for vector in vectors])
+    gigabytes = 4e-9 * size * clients
+    return {
+        "seconds": statistics.median(merging),
+        "reading_gb_per_second": gigabytes / statistics.median(reading),
+        "by_reading_once": statistics.median(merging) / statistics.median(reading),
+        "by_reading_once_min": min(merging) / max(reading),
+        "by_reading_once_max": max(merging) / min(reading),
+    }
+
+
+CASES: dict[str, Callable[[], dict[str, float]]] = {
+    "pfedla_vit_b_r16_100_of_100": lambda: pfedla_step("vit_b", 16, 100, 100),
+    "pfedla_vit_ti_r8_50_of_1000": lambda: pfedla_step("vit_ti", 8, 1000, 50),
+    "aggregation_100_vit_b_r16": lambda: aggregation("vit_b", 16, 100),
+}
+
+
+def main() -> None:
+    """Run the cases, each in a process of its own, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(CASES))
+    parser.add_argument("--here", action="store_true", help="run the case of --only in this process, JSON on stdout")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    arguments = parser.parse_args()
+    if arguments.here:
+        print(json.dumps(CASES[arguments.only]()))
+        return
+    found = {}
+    for name in [arguments.only] if arguments.only else CASES:
+        command = [sys.executable, "-m", "benchmarks.scale", "--here", "--only", name]
+        found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(f"{name} ({torch.get_num_threads()} threads)")
+        for key, value in found[name].items():
+            print(f"    {key:36} {value:8.3f}")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
