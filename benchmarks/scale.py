@@ -1,7 +1,8 @@
 """What one server can hold: pFedLA's step and the aggregation of many ViT-B adapters, as ratios taken in one run.
 
 Run: ``python -m benchmarks.scale`` (``--json FILE``, ``--only NAME``). Each case is a process of its own, so that its
-peak memory is its own. No network and no clients: what is measured is the server's arithmetic on updates that are there.
+peak memory is its own. No network and no clients: what is measured is the server's arithmetic on updates that are
+there.
 """
 
 import argparse

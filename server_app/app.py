@@ -13,7 +13,7 @@ from server_app.central import central_evaluation
 from server_app.compose import ComposedRun, compose_run
 from server_app.progress import Progress
 from server_app.run_folder import RunFolder
-from server_app.saving import save_adapter
+from server_app.saving import save_adapter, save_personal
 from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
 from task.arrays import FLAT, flat_to_array
@@ -93,6 +93,7 @@ def _save(
     if strategy.merged_rounds and reports:
         model.load(strategy.flat.numpy())
         save_adapter(folder.adapter, model, run, names, reports, strategy.evaluated)
+        save_personal(folder.adapter, strategy.personal_models())
         log(INFO, "Adapter: %s", folder.adapter)
 
 

@@ -1,20 +1,23 @@
 """Saving the trained adapter so that peft opens it, with a model card."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from server_app.compose import ComposedRun, RunSettings
+from strategies.cohort import identity_order
 from strategies.report import RoundReport
-from task.backbone import backbone_folder, base_hash, build_backbone, resolved
+from task.backbone import backbone_folder, base_hash, build_backbone, head_name, resolved
 from task.config import typed
-from task.errors import ModelError
+from task.errors import ConfigError, ModelError
 from task.libraries import peft
-from task.model import AdaptedModel, with_frozen_factors
-from task.units import HEAD
+from task.model import AdaptedModel, canonical_name, with_frozen_factors
+from task.units import HEAD, make_layout
 
 CARD = """---
 library_name: peft
@@ -85,7 +88,13 @@ def save_adapter(
     (folder / "README.md").write_text(_card(model, run, class_names, reports, evaluated), encoding="utf-8")
 
 
-def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftModel:
+def save_personal(folder: Path, models: Mapping[str, torch.Tensor]) -> None:
+    """Save clients' own models beside the adapter, as ``personal.safetensors``: flat values under their names."""
+    if models:
+        save_file({client: flat.clone() for client, flat in models.items()}, folder / "personal.safetensors")
+
+
+def open_adapter(run_folder: Path, backbones: Path | None = None, client: str = "") -> peft.PeftModel:
     """Open the model that a run has left behind.
 
     Parameters
@@ -94,6 +103,8 @@ def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftMo
         The run folder, with ``config.yaml`` and ``adapter/``.
     backbones : Path, optional
         Folder of backbone files; default ``PETALWISE_BACKBONES``.
+    client : str
+        The client whose personal model it is to be; empty: the global model.
 
     Returns
     -------
@@ -103,7 +114,8 @@ def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftMo
     Raises
     ------
     PetalwiseError
-        If config or backbone cannot be had, or the backbone's frozen weights are not those of the run.
+        If config or backbone cannot be had, the backbone's frozen weights are not those of the run, or there is no
+        personal model of that client.
     """
     settings = typed(RunSettings, OmegaConf.load(run_folder / "config.yaml"))
     adapter = run_folder / "adapter"
@@ -120,7 +132,25 @@ def open_adapter(run_folder: Path, backbones: Path | None = None) -> peft.PeftMo
             f"The backbone {settings.backbone.name} here has frozen weights with hash {base[:12]}; the run's had "
             f"{wanted[:12]}, and its adapter is of use with those alone."
         )
+    if client:
+        _load_personal(model, settings, adapter / "personal.safetensors", client)
     return model
+
+
+def _load_personal(model: peft.PeftModel, settings: RunSettings, file: Path, client: str) -> None:
+    """Overwrite adapter and head by a client's own."""
+    models = load_file(file) if file.is_file() else {}
+    if client not in models:
+        known = ", ".join(sorted(models, key=identity_order)) or "none; the run's strategy has one model for all"
+        raise ConfigError(f"There is no personal model of client {client!r}; there are: {known}.")
+    own = re.compile(r"\.lora_B\.|modules_to_save" if settings.lora.freeze_a else r"\.lora_[AB]\.|modules_to_save")
+    shapes = {canonical_name(name): p.shape for name, p in model.named_parameters() if own.search(name)}
+    head = head_name(model.get_base_model())
+    layout = make_layout(shapes, settings.lora.units, head)  # type: ignore[arg-type]
+    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, values in layout.views(models[client]).items():
+            parameters[name].copy_(values)
 
 
 def _card(

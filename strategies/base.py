@@ -147,6 +147,10 @@ class LayerwiseStrategy(Strategy):
         """Give the models that clients are sent, float32 [n], one after another; the global one by default."""
         return (self.flat for _ in clients)
 
+    def personal_models(self) -> dict[str, torch.Tensor]:
+        """Return the models that clients would be sent next, where each has its own; else nothing."""
+        return {}
+
     def without_training(self, server_round: int) -> Instruction:
         """Say what clients shall do in a phase that does not train."""
         return Instruction(server_round, self.context.task, self.codec.layout.digest)

@@ -47,6 +47,10 @@ class CellResult:
     """Final accuracy by client on its own test images."""
     clients_mean: float | None = None
     """Mean of these over clients, unweighted."""
+    clients_worst: float | None = None
+    """Lowest of these."""
+    tuned_mean: float | None = None
+    """Mean over clients after a further round of their own training, where that was evaluated."""
     dropped: int = 0
     """Replies that did not count, and clients that were refused, over all rounds."""
     rounds: int = 0
@@ -145,6 +149,8 @@ def measured(metrics: Path) -> dict[str, Any]:
         "best": max(accuracy.values(), default=None),
         "clients_accuracy": last["clients_accuracy"],
         "clients_mean": last["clients_accuracy_mean"],
+        "clients_worst": min(last["clients_accuracy"].values(), default=None),
+        "tuned_mean": last.get("tuned_accuracy_mean"),
         "dropped": sum(len(report["clients_dropped"]) for report in reports) + len(last["clients_refused"]),
         "rounds": len(trained),
         "bytes_down": sum(report["bytes_down"] for report in trained),

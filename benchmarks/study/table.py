@@ -33,11 +33,24 @@ def study_tables(ledger: Ledger) -> str:
         accuracy_table(study, results, lambda result: result.final),
         f"Final accuracy on the clients' own test images, mean over clients, %, and difference to {first}:",
         accuracy_table(study, results, lambda result: result.clients_mean),
+        *_tuned_tables(study, results),
         "Seconds per round, and MB per round sent and received by the server:",
         cost_table(study, results),
         "\n".join(f"- {note}" for note in _notes(ledger, results, unfinished)),
     ]
     return "\n\n".join(parts)
+
+
+def _tuned_tables(study: Study, results: Sequence[CellResult]) -> list[str]:
+    """Write, where clients also evaluated after tuning, that mean and the accuracy of the worst client before it."""
+    if not any(result.tuned_mean is not None for result in results):
+        return []
+    return [
+        "The same after a further round of each client's own training:",
+        accuracy_table(study, results, lambda result: result.tuned_mean),
+        "Lowest accuracy of a client, before that:",
+        accuracy_table(study, results, lambda result: result.clients_worst),
+    ]
 
 
 def accuracy_table(study: Study, results: Sequence[CellResult], measure: Measure) -> str:

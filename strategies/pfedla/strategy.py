@@ -73,6 +73,10 @@ class PFedLa(KeepingStrategy):
         for first in range(0, len(clients), CLIENTS_AT_ONCE):
             yield from self.store.mixed(self._weights(clients[first : first + CLIENTS_AT_ONCE]))
 
+    def personal_models(self) -> dict[str, Tensor]:
+        """Return every client's personal model."""
+        return dict(zip(self.clients, self.models_for(self.clients), strict=True))
+
     def exchange(self, server_round: int, client: str) -> Exchange:
         """Leave out the retained units on the way down, once the client has any of its own."""
         if not self.config.retained:

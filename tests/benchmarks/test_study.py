@@ -162,6 +162,8 @@ def test_what_is_kept_of_a_cell(tmp_path):
         "best": 0.03,
         "clients_accuracy": {"0": 0.25, "1": 0.75},
         "clients_mean": 0.5,
+        "clients_worst": 0.25,
+        "tuned_mean": None,
         "dropped": 1,
         "rounds": 1,
         "bytes_down": 1_000_000,

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from server_app.compose import compose_run
-from server_app.saving import open_adapter, save_adapter
+from server_app.saving import open_adapter, save_adapter, save_personal
 from strategies.report import RoundReport
-from task.errors import ModelError
+from task.errors import ConfigError, ModelError
 from task.libraries import peft, timm
 from task.model import build_model
 
@@ -109,3 +109,21 @@ def test_open_adapter_refuses_another_backbone(saved, run):
     (saved / "petalwise.json").write_text(json.dumps({**facts, "base": "ab" * 32}))
     with pytest.raises(ModelError, match="the run's had abababababab"):
         open_adapter(saved.parent)
+
+
+def test_a_clients_own_model_opens_by_its_name(saved, run, model, images):
+    (saved.parent / "config.yaml").write_text(run.yaml)
+    with pytest.raises(ConfigError, match="no personal model of client '7'; there are: none; the run's strategy"):
+        open_adapter(saved.parent, client="7")
+    shared = torch.from_numpy(model.read())
+    save_personal(saved, {"7": shared + 0.1, "10": shared})
+    with pytest.raises(ConfigError, match="client '8'; there are: 7, 10"):
+        open_adapter(saved.parent, client="8")
+    try:
+        model.load((shared + 0.1).numpy())
+        with torch.no_grad():
+            torch.testing.assert_close(open_adapter(saved.parent, client="7")(images), model(images))
+    finally:
+        model.load(shared.numpy())
+    with torch.no_grad():
+        torch.testing.assert_close(open_adapter(saved.parent, client="10")(images), model(images))
