@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from client_app.kept import STATE_VARIABLE
 from task.errors import ConfigError, PetalwiseError
 from tools.processes import KILL_SECONDS, MarkedProcesses
 
@@ -72,6 +73,7 @@ class SuperLinkProcess:
         home, empty = self.folder / "home", self.folder / "empty"
         home.mkdir()
         empty.mkdir()
+        (self.folder / "state").mkdir()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'
             f'[superlink.{CONNECTION}]\naddress = "{HOST}:{self._port}"\ninsecure = true\n'
@@ -269,6 +271,7 @@ def _environment(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
     env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
     env["FLWR_DISABLE_UPDATE_CHECK"] = "1"
     env["FLWR_TELEMETRY_ENABLED"] = "0"
+    env.setdefault(STATE_VARIABLE, str(folder / "state"))
     env["RAY_TMPDIR"] = str(folder)
     env["RAY_USAGE_STATS_ENABLED"] = "0"
     env["PYTHONUNBUFFERED"] = "1"
