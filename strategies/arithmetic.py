@@ -7,6 +7,8 @@ import torch
 
 from task.errors import MessageError
 
+BLOCK = 1 << 16
+
 
 def sample_weights(num_examples: Sequence[int]) -> list[float]:
     """Weigh clients by their number of examples: p_i = n_i / sum_j n_j (McMahan et al. 2017, FedAvg).
@@ -35,6 +37,8 @@ def sample_weights(num_examples: Sequence[int]) -> list[float]:
 def weighted_sum(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Sum w_i x_i over one float32 accumulator, in the order given.
 
+    Block by block, so that the accumulator stays in the processor's cache and memory is read once.
+
     Parameters
     ----------
     vectors : Sequence[Tensor], float32, each [n]
@@ -57,6 +61,8 @@ def weighted_sum(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> t
             f"{len(vectors)} vectors and {len(weights)} weights: give one weight per vector, at least one."
         )
     total = torch.zeros_like(vectors[0])
-    for vector, weight in zip(vectors, weights, strict=True):
-        total.add_(vector, alpha=weight)
+    for start in range(0, len(total), BLOCK):
+        accumulator = total[start : start + BLOCK]
+        for vector, weight in zip(vectors, weights, strict=True):
+            accumulator.add_(vector[start : start + BLOCK], alpha=weight)
     return total

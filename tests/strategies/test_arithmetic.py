@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.arithmetic import sample_weights, weighted_sum
+from strategies.arithmetic import BLOCK, sample_weights, weighted_sum
 from task.errors import MessageError
 
 counts = st.lists(st.integers(1, 10**9), min_size=1, max_size=50)
@@ -37,3 +37,11 @@ def test_weighted_sum_wants_one_weight_per_vector():
         weighted_sum([torch.zeros(3)], [0.5, 0.5])
     with pytest.raises(ValueError, match="at least one"):
         weighted_sum([], [])
+
+
+def test_weighted_sum_by_blocks_has_the_bits_of_one_by_one():
+    vectors = torch.randn(3, 2 * BLOCK + 5, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(vectors.shape[1])
+    for vector, weight in zip(vectors, (0.2, 0.5, 0.3), strict=True):
+        total.add_(vector, alpha=weight)
+    assert torch.equal(weighted_sum(list(vectors), [0.2, 0.5, 0.3]), total)
