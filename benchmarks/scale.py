@@ -7,7 +7,6 @@ there.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,9 +43,12 @@ def adapter_layout(model: str, rank: int, classes: int = 100) -> Layout:
     return make_layout({**shapes, "head.weight": (classes, d), "head.bias": (classes,)})
 
 
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_bytes(reset: bool = False) -> int:
+    """Peak resident memory of this process since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def seconds(action: Callable[[], object]) -> list[float]:
@@ -71,9 +73,7 @@ def pfedla_step(model: str, rank: int, clients: int, selected: int) -> dict[str,
     chosen = strategy.clients[:selected]
     updates = [Update(name, torch.randn(layout.size), 1, MetricRecord(), ConfigRecord()) for name in chosen]
     store = 4 * layout.size * clients
-    for _ in strategy.models_for(chosen[:1]):
-        pass
-    before = peak_bytes()
+    before = peak_bytes(reset=True)
     merging = seconds(lambda: strategy.merge(1, updates))
     merged = peak_bytes() - before
     sending = seconds(lambda: [model.sum() for model in strategy.models_for(chosen)])
@@ -81,6 +81,7 @@ def pfedla_step(model: str, rank: int, clients: int, selected: int) -> dict[str,
         "merge_seconds": statistics.median(merging),
         "models_seconds": statistics.median(sending),
         "store_gb": store / 1e9,
+        "hypernetworks_gb": 4e-9 * sum(value.numel() for value in strategy.bank.parameters.values()),
         "extra_memory_by_store": merged / store,
         "extra_memory_with_models_by_store": (peak_bytes() - before) / store,
     }

@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from client_app.exchanging import Exchanger, received_values
+from client_app.exchanging import Exchanger
 from client_app.kept import Keeper
 from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
 from client_app.training import TrainOutcome, train
@@ -100,7 +100,7 @@ def measure(message: Message, context: Context) -> Message:
     """Measure the class signals of the received model on this client's training images, without training."""
     began = time.perf_counter()
     node, worker, instruction = _prepare(message, context)
-    worker.model.put(received_values(message, worker.model, instruction.exchange), None)
+    _exchanger(node, worker, instruction).receive(message)
     request, data = instruction.signals, worker.client_data(node).train
     if not request.without_training:
         raise MessageError("Without training only class signals, taken=after, can be measured.")

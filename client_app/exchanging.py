@@ -82,9 +82,11 @@ class Exchanger:
         if exchange.keep:
             state = optimizer.state[model.flat] if exchange.moments else {}
             keep |= {"flat": model.flat.detach().cpu()} | {f"{OPTIMIZER}{name}": v.cpu() for name, v in state.items()}
-            keep |= {"received": self._received} if exchange.wire.lossy else {}
+            if exchange.wire.lossy:  # what was sent up, the server has from now on
+                layout.put(self._received, exchange.up, layout.take(model.flat.detach(), exchange.up).cpu())
+                keep["received"] = self._received
         if keep:
-            self._keeper.save(self._round, keep)
+            self._keeper.save(self._round, keep, exchange.start)
         elif exchange.start:
             self._keeper.clear()
         return record

@@ -19,6 +19,7 @@ from task.messages import NOT_KEPT
 
 STATE_VARIABLE = "PETALWISE_STATE"
 DAYS_UNTOUCHED = 7
+DIGEST_LENGTH = 32
 
 
 def state_folder(node_config: Mapping[str, object]) -> Path:
@@ -51,8 +52,11 @@ class Keeper:
         self._run = folder / _digest(run)
         self.folder = self._run / _digest(client)
 
-    def save(self, server_round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors after a round, and drop all rounds but this and the last one before it.
+    def save(self, server_round: int, tensors: Mapping[str, Tensor], start: int = 0) -> None:
+        """Keep tensors after a round, and drop all rounds but this and the one that it started from.
+
+        The server may ask to start there again, if this round does not count. Without ``start`` the last round before
+        this one takes its place.
 
         Raises
         ------
@@ -73,7 +77,7 @@ class Keeper:
                 part.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise StateError(f"This client cannot keep its state of round {server_round}: {reason}.") from error
-        for other in set(self._rounds()) - {server_round, self.last_before(server_round)}:
+        for other in set(self._rounds()) - {server_round, start or self.last_before(server_round)}:
             self._path(other).unlink(missing_ok=True)
 
     def load(self, server_round: int, size: int) -> dict[str, Tensor]:
@@ -115,8 +119,8 @@ class Keeper:
     def clear(self) -> None:
         """Drop everything kept for this client and run."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self._run.is_dir() and not any(self._run.iterdir()):
-            shutil.rmtree(self._run, ignore_errors=True)
+        with suppress(OSError):  # where other clients keep something still
+            self._run.rmdir()
 
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:06d}.safetensors"
@@ -128,13 +132,13 @@ class Keeper:
 
 def _digest(name: str) -> str:
     """Turn a name into one that is safe as a file's."""
-    return hashlib.sha256(json.dumps(name).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(name).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def _drop_old_runs(root: Path) -> None:
     """Remove what runs kept that nobody has touched for days."""
-    if root.is_dir():
-        before = time.time() - DAYS_UNTOUCHED * 86400
-        for run in root.iterdir():
-            if run.is_dir() and len(run.name) == 32 and run.stat().st_mtime < before:
+    before = time.time() - DAYS_UNTOUCHED * 86400
+    for run in root.iterdir() if root.is_dir() else ():
+        with suppress(OSError):  # another process may have removed it
+            if run.is_dir() and len(run.name) == DIGEST_LENGTH and run.stat().st_mtime < before:
                 shutil.rmtree(run, ignore_errors=True)

@@ -148,7 +148,7 @@ class Worker:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer; its state is dropped at the start of every round."""
+        """The optimizer; its state is replaced at the start of every round."""
         return make_optimizer(self.model, self.task.train)
 
     @cached_property

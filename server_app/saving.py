@@ -89,9 +89,11 @@ def save_adapter(
 
 
 def save_personal(folder: Path, models: Mapping[str, torch.Tensor]) -> None:
-    """Save clients' own models beside the adapter, as ``personal.safetensors``: flat values under their names."""
+    """Save clients' own models beside the adapter: in ``personal.safetensors``, flat values ``client.<name>``."""
     if models:
-        save_file({client: flat.clone() for client, flat in models.items()}, folder / "personal.safetensors")
+        save_file(
+            {f"client.{name}": flat.contiguous() for name, flat in models.items()}, folder / "personal.safetensors"
+        )
 
 
 def open_adapter(run_folder: Path, backbones: Path | None = None, client: str = "") -> peft.PeftModel:
@@ -139,7 +141,8 @@ def open_adapter(run_folder: Path, backbones: Path | None = None, client: str = 
 
 def _load_personal(model: peft.PeftModel, settings: RunSettings, file: Path, client: str) -> None:
     """Overwrite adapter and head by a client's own."""
-    models = load_file(file) if file.is_file() else {}
+    saved = load_file(file) if file.is_file() else {}
+    models = {name.removeprefix("client."): flat for name, flat in saved.items()}
     if client not in models:
         known = ", ".join(sorted(models, key=identity_order)) or "none; the run's strategy has one model for all"
         raise ConfigError(f"There is no personal model of client {client!r}; there are: {known}.")

@@ -5,6 +5,7 @@ import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from logging import ERROR, INFO
 from typing import Any, ClassVar
 
@@ -161,8 +162,13 @@ class LayerwiseStrategy(Strategy):
 
     @property
     def asked_signals(self) -> SignalRequest:
-        """What clients are asked to measure: what the strategy wants, and for recording all that is explained."""
+        """What clients are asked to measure: what the strategy wants, and for recording all that is explained.
+
+        Nothing in a round in which no unit is due.
+        """
         request = self.request()
+        if self.schedule.exchange(self.server_round).up == ():
+            return NOTHING
         if not self.keep_updates:
             return request
         return replace(request, class_variance=True, update_scores=True, update_norms=True)
@@ -209,10 +215,10 @@ class LayerwiseStrategy(Strategy):
         self.schedule.load_state_dict(state["schedule"])
 
     def evaluates_after(self, server_round: int) -> bool:
-        """Tell whether the model of the last round is evaluated: in every so many rounds, once all units are new."""
+        """Tell whether the model of a round is evaluated: every so many, once all units are new; and the last."""
         every, before = self.config.evaluate_every, server_round - self.schedule.span
-        due = server_round // every > before // every or server_round == self.num_rounds
-        return due and self.schedule.complete
+        due = server_round // every > before // every
+        return (due and self.schedule.complete) or server_round == self.num_rounds
 
     # --- Flower's interface --------------------------------------------------------------------------------
 
@@ -229,7 +235,7 @@ class LayerwiseStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Make the messages that ask this round's cohort to train."""
-        cohort = self.schedule.cohort(server_round, self._draw)
+        cohort = self.schedule.cohort(server_round, self.directory.identities, self._draw)
         self.report.cohort = len(cohort)
         return self.messages(MessageType.TRAIN, cohort, server_round, arrays, config)
 
@@ -244,7 +250,8 @@ class LayerwiseStrategy(Strategy):
             reason = f"{len(updates)} good replies, strategy.min_clients={self.config.min_clients} are needed"
             self._note_failed_round(server_round, reason)
             return None, None
-        merged = self.merge(server_round, updates)
+        nothing_due = self.schedule.exchange(server_round).up == ()
+        merged = self.flat.clone() if nothing_due else self.merge(server_round, updates)
         if not bool(torch.isfinite(merged).all()):
             self._note_failed_round(server_round, "the merged model is not finite")
             return None, None
@@ -330,11 +337,11 @@ class LayerwiseStrategy(Strategy):
                 f"{type(self).__name__} merges adapters in its own way: lora.merge={self.context.lora_merge!r} is not "
                 f"one of: {', '.join(self.lora_merges)}."
             )
-        signal_layout(self.asked_signals, self.codec.layout)  # refuses a model that has not what the signals are of
         self.num_rounds = num_rounds
         self.run = self.context.run or uuid.uuid4().hex
         self.schedule.begin(self.codec.layout, num_rounds, self.context.seed)
-        self.failed_rounds = self.merged_rounds = 0
+        self.failed_rounds = self.merged_rounds = self.server_round = 0
+        signal_layout(self.asked_signals, self.codec.layout)  # refuses a model that has not what the signals are of
         self.summary()
         configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
         return RoundLoop(self, grid, initial_arrays, num_rounds, timeout, *configs, evaluate_fn, on_round).run()
@@ -384,7 +391,9 @@ class LayerwiseStrategy(Strategy):
     def _collect_updates(self, replies: Iterable[Message]) -> Collected[Update]:
         """Check train replies, and the evaluations that came with them."""
         answered, failed = replies_by_client(replies, self.directory, self.asked)
-        updates = check_all(answered, failed, self._checked_update)
+        rounded = self.codec.wire.lossy or any(self.exchanges[client].up is not None for client in answered)
+        received = iter(self.models_for(list(answered))) if rounded else repeat(None)
+        updates = check_all(answered, failed, lambda reply, client: self._checked_update(reply, client, next(received)))
         if self.instruction(self.server_round).evaluate == "received":
             with_test = {update.client: answered[update.client] for update in updates.good}
             evaluations = check_all(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
@@ -397,15 +406,14 @@ class LayerwiseStrategy(Strategy):
         share, least, seed = self.config.fraction_train, self.config.min_clients, self.context.seed
         return draw_cohort(self.directory.identities, share, least, seed, server_round)
 
-    def _checked_update(self, reply: Message, client: str) -> Update:
+    def _checked_update(self, reply: Message, client: str, received: torch.Tensor | None) -> Update:
         """Check a reply; units that it was not asked for are those of the model that the client was to receive.
 
         Rounded values are changes, and are added to the server's own values, which are not rounded.
         """
         units = self.exchanges[client].up
         update = check_update(reply, client, self.codec, self.context.base, self.asked_signals, units)
-        if units is not None or self.codec.wire.lossy:
-            (received,) = self.models_for([client])
+        if received is not None:
             flat, sent = received.clone(), update.flat
             if self.codec.wire.lossy:
                 sent = sent + self.codec.layout.take(flat, units)

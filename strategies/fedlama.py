@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from logging import WARNING
 from typing import Any, ClassVar
 
 import torch
+from flwr.common.logger import log
 from torch import Tensor
 
 from strategies.arithmetic import sample_weights, weighted_sum
@@ -51,7 +53,7 @@ class FedLama(Schedule):
         self.intervals = dict.fromkeys(layout.units, self.config.interval)
         self.window_start = 1
         self.members: list[str] | None = None
-        self._span = 1
+        self._synchronised, self._complete_round, self._span = True, 0, 1
 
     @property
     def window(self) -> int:
@@ -80,20 +82,22 @@ class FedLama(Schedule):
             moments=True,
         )
 
-    def cohort(self, server_round: int, draw: DrawCohort) -> list[str]:
-        """Take the cohort drawn in the window's first round, without those that dropped out since."""
-        drawn = draw(self.window_start)
-        return drawn if self.members is None else [client for client in drawn if client in self.members]
+    def cohort(self, server_round: int, present: Sequence[str], draw: DrawCohort) -> list[str]:
+        """Draw in a window's first round; in later ones, take those who are in the window and still there."""
+        if self.members is None:
+            return draw(server_round)
+        return [client for client in present if client in self.members]
 
     def merged(self, server_round: int, before: Tensor, after: Tensor, updates: Sequence[Update]) -> dict[str, Any]:
         """Keep units that are not due; where all are, choose the intervals anew."""
         due, exchange = self.due(server_round), self.exchange(server_round)
         keep_unsent(self.layout, exchange, before, after)
         found: dict[str, Any] = {"due": list(due)}
-        self.members = [update.client for update in updates]
+        self.members, self._synchronised = [update.client for update in updates], self.ends_window(server_round)
         if self.ends_window(server_round):
             discrepancy = self._discrepancies(updates)
             self._choose_intervals(discrepancy)
+            self._span, self._complete_round = server_round - self._complete_round, server_round
             self._new_window(server_round)
             found["discrepancy"] = discrepancy.tolist()
             found["lengthened"] = [unit for unit, rounds in self.intervals.items() if rounds == self.window]
@@ -101,16 +105,20 @@ class FedLama(Schedule):
 
     def failed(self, server_round: int) -> None:
         """End the window: the next begins from the model as it is, with everything sent to everyone."""
+        if not self._synchronised:
+            log(
+                WARNING, "Round %d: the window ends early; some units of the model are of earlier rounds.", server_round
+            )
         self._new_window(server_round)
 
     @property
     def complete(self) -> bool:
-        """Whether a window has just ended."""
-        return self.members is None
+        """Whether the last round that counted synchronised all units."""
+        return self._synchronised
 
     @property
     def span(self) -> int:
-        """Rounds of the last window."""
+        """Rounds between the last two ends of windows."""
         return self._span
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,17 +127,16 @@ class FedLama(Schedule):
             "intervals": dict(self.intervals),
             "window_start": self.window_start,
             "members": None if self.members is None else list(self.members),
-            "span": self._span,
+            "complete": [self._synchronised, self._complete_round, self._span],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned."""
         self.intervals, self.window_start = dict(state["intervals"]), state["window_start"]
         self.members = None if state["members"] is None else list(state["members"])
-        self._span = state["span"]
+        self._synchronised, self._complete_round, self._span = state["complete"]
 
     def _new_window(self, server_round: int) -> None:
-        self._span = server_round + 1 - self.window_start
         self.window_start, self.members = server_round + 1, None
 
     def _discrepancies(self, updates: Sequence[Update]) -> Tensor:
@@ -175,7 +182,7 @@ def unit_discrepancy(values: Sequence[Tensor], weights: Sequence[float], interva
     Lee et al. 2023 (FedLAMA), Eq. 2.
     """
     mean = weighted_sum(values, weights)
-    apart = torch.stack([w * (x - mean).double().square().sum() for x, w in zip(values, weights, strict=True)])
+    apart = torch.stack([w * (x.double() - mean).square().sum() for x, w in zip(values, weights, strict=True)])
     return apart.sum() / (interval * mean.numel())
 
 
@@ -188,14 +195,14 @@ def lengthened_units(discrepancy: Tensor, size: Tensor) -> Tensor:
     Parameters
     ----------
     discrepancy : Tensor, [units]
-        d_l, not negative. If all are zero, units count by their size.
+        d_l, not negative. If all are zero, units count by their size; if their sum is not finite, none may wait.
     size : Tensor, [units]
         dim_l, positive.
 
     Returns
     -------
     Tensor, bool, [units]
-        Whether a unit waits phi tau' rounds. At least one does.
+        Whether a unit waits phi tau' rounds. At least one does, if the sum is finite.
 
     References
     ----------
@@ -205,6 +212,8 @@ def lengthened_units(discrepancy: Tensor, size: Tensor) -> Tensor:
     order = torch.argsort(discrepancy, stable=True)
     dim = size[order].double()
     mass = discrepancy[order].double() * dim
+    if not bool(torch.isfinite(mass.sum())):
+        return torch.zeros(len(size), dtype=torch.bool)
     if not bool(mass.any()):
         mass = dim
     delta, lam = mass.cumsum(0) / mass.sum(), dim.cumsum(0) / dim.sum()

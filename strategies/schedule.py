@@ -47,8 +47,8 @@ class Schedule:
         """Say which units travel in a round, and what clients keep."""
         return EVERYTHING
 
-    def cohort(self, server_round: int, draw: DrawCohort) -> list[str]:
-        """Choose the clients of a round; ``draw`` draws those of the round that it is given."""
+    def cohort(self, server_round: int, present: Sequence[str], draw: DrawCohort) -> list[str]:
+        """Choose the clients of a round of those that are there; ``draw`` draws those of the round that it is given."""
         return draw(server_round)
 
     def merged(self, server_round: int, before: Tensor, after: Tensor, updates: Sequence[Update]) -> dict[str, Any]:

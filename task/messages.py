@@ -1,8 +1,9 @@
 """The contract of messages between strategy and client.
 
-A message carries one flat float32 array (adapter and head, in the order of the layout), a config and,
-in replies, metrics. Both sides derive the index of the array from the same :class:`~task.units.Layout`
-and compare its digest. Nothing received is unpickled; sizes are checked before any value is read.
+A message carries one flat array (adapter and head, or some of their units, in the order of the layout, as
+:mod:`task.wire` writes them), a config and, in replies, metrics. Both sides derive the index of the array from the same
+:class:`~task.units.Layout` and compare its digest. Nothing received is unpickled; sizes are checked before any value is
+read.
 """
 
 import hashlib

@@ -62,14 +62,13 @@ class HypernetworkBank:
     def grow(self, num_clients: int) -> None:
         """Make room for more clients; those that are there keep their parameters and get outputs for the new ones."""
         before = self.num_clients
-        drawn = [self._drawn(client, num_clients) for client in range(before, num_clients)]
-        if not drawn:
-            return
-        grown = {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
-        if before:
-            wider = self._wider(before, num_clients)
-            grown = {name: torch.cat([wider.get(name, self.parameters[name]), value]) for name, value in grown.items()}
-        self.parameters = grown
+        wider = {**self.parameters, **(self._wider(before, num_clients) if before < num_clients else {})}
+        for client in range(before, num_clients):
+            for name, value in self._drawn(client, num_clients).items():
+                if client == before:
+                    wider[name] = _with_rows(wider.get(name), num_clients, value.shape)
+                wider[name][client] = value
+        self.parameters = wider
 
     def weights(self, clients: Sequence[int]) -> Tensor:
         """Compute alpha_i = HN_i(v_i) of some clients, float32 [len(clients), units, clients]; rows sum to one."""
@@ -123,6 +122,8 @@ class HypernetworkBank:
 
     def _wider(self, before: int, num_clients: int) -> dict[str, Tensor]:
         """Give the clients that are there outputs for new ones."""
+        if not before:
+            return {}
         added = num_clients - before
         weights = torch.stack(
             [self._outputs(added, generator_for(self.seed, "hypernetwork", i, before)) for i in range(before)]
@@ -156,3 +157,11 @@ def relu_sum(logits: Tensor, itself: Tensor) -> Tensor:
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator) * (high - low) + low
+
+
+def _with_rows(values: Tensor | None, count: int, shape: torch.Size) -> Tensor:
+    """Make room for so many rows, the first of which are there already."""
+    roomy = torch.empty(count, *shape)
+    if values is not None:
+        roomy[: len(values)] = values
+    return roomy

@@ -1,11 +1,11 @@
 """The strategy pFedLA: a hypernetwork for each client weighs every layer unit of every client."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 from torch.nn import functional
@@ -16,10 +16,12 @@ from strategies.pfedla.hypernetwork import HypernetworkBank
 from strategies.pfedla.store import ModelStore, mixed_unit, stacked, unit_gain
 from strategies.replies import Update
 from task.config import bounded
+from task.errors import MessageError
 from task.exchange import EVERYTHING, Exchange, units_or_none
 
 MAX_REPORTED = 20_000
 CLIENTS_AT_ONCE = 16
+LIMITS = {"float32": 1e15, "float16": 65504.0}
 
 
 @dataclass
@@ -59,7 +61,7 @@ class PFedLa(KeepingStrategy):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.clients: list[str] = []
-        self._alpha: dict[str, Tensor] = {}
+        self._known: dict[str, tuple[Tensor, list[int]]] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -75,16 +77,33 @@ class PFedLa(KeepingStrategy):
 
     def personal_models(self) -> dict[str, Tensor]:
         """Return every client's personal model."""
-        return dict(zip(self.clients, self.models_for(self.clients), strict=True))
+        return {client: next(self.models_for([client])) for client in self.clients}
 
     def exchange(self, server_round: int, client: str) -> Exchange:
         """Leave out the retained units on the way down, once the client has any of its own."""
         if not self.config.retained:
             return EVERYTHING
         start = self.last_round.get(client, 0)
-        sent = [unit for unit in self.codec.layout.units if unit not in self._retained(client)]
+        kept = self._retained_numbers(client)
+        sent = [unit for number, unit in enumerate(self.codec.layout.units) if number not in kept]
         down = units_or_none(sent, self.codec.layout) if start else None
         return Exchange(down=down, start=start, keep=True)
+
+    def check(self, update: Update) -> None:
+        """Refuse values that the store cannot hold, or whose products would not be finite."""
+        limit, largest = LIMITS[self.config.store], float(update.flat.abs().max())
+        if largest > limit:
+            raise MessageError(
+                f"its largest value is {largest:.3g}; strategy.store={self.config.store} takes {limit:.3g}."
+            )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Merge; what the next round sends is worked out anew."""
+        result = super().aggregate_train(server_round, replies)
+        self._known.clear()
+        return result
 
     def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
         """Step the hypernetworks by what training gained, put the clients' models into the store, return their mean."""
@@ -96,7 +115,6 @@ class PFedLa(KeepingStrategy):
         for row, update in zip(gain, updates, strict=True):
             row[self._retained_numbers(update.client)] = 0.0
         self.bank.step(chosen, gain)
-        self._alpha.clear()
         if alpha.numel() <= MAX_REPORTED:
             self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
         return self.store.mean()
@@ -125,7 +143,7 @@ class PFedLa(KeepingStrategy):
         self._prepare(state["initial"])
         self.store.units = {unit: rows.clone() for unit, rows in state["store"].items()}
         self.bank.parameters = {name: value.clone() for name, value in state["hypernetworks"].items()}
-        self._alpha.clear()
+        self._known.clear()
 
     def _admit(self) -> None:
         new = [client for client in self.directory.identities if client not in self.clients]
@@ -135,7 +153,7 @@ class PFedLa(KeepingStrategy):
         elif new:
             self.store.grow(len(self.clients))
             self.bank.grow(len(self.clients))
-            self._alpha.clear()
+            self._known.clear()
 
     def _prepare(self, initial: Tensor) -> None:
         """Make store and hypernetworks for the clients known."""
@@ -147,23 +165,19 @@ class PFedLa(KeepingStrategy):
 
     def _weights(self, clients: Sequence[str]) -> Tensor:
         """Weights [len(clients), units, clients], one-hot for what is retained; the same until the next step."""
-        for client in clients:
-            if client not in self._alpha:
-                number = self.clients.index(client)
-                alpha = self.bank.weights([number])[0]  # one at a time: a batch would round in its own way
-                if self.last_round.get(client):
-                    kept = alpha[:, number].topk(min(self.config.retained, len(alpha))).indices
-                    alpha[kept] = functional.one_hot(torch.tensor(number), alpha.shape[1]).float()
-                self._alpha[client] = alpha
-        return torch.stack([self._alpha[client] for client in clients])
+        return torch.stack([self._weighing(client)[0] for client in clients])
 
     def _retained_numbers(self, client: str) -> list[int]:
-        """Numbers of the units that a client keeps as they are."""
-        if not self.config.retained or not self.last_round.get(client):
-            return []
-        return [
-            number for number, row in enumerate(self._weights([client])[0]) if row[self.clients.index(client)] == 1.0
-        ]
+        """Numbers of the units that a client keeps as they are, ascending."""
+        return self._weighing(client)[1]
 
-    def _retained(self, client: str) -> set[str]:
-        return {self.codec.layout.units[number] for number in self._retained_numbers(client)}
+    def _weighing(self, client: str) -> tuple[Tensor, list[int]]:
+        """Weights of a client and the numbers of its retained units."""
+        if client not in self._known:
+            number = self.clients.index(client)
+            alpha, kept = self.bank.weights([number])[0], []  # one at a time: a batch would round in its own way
+            if self.config.retained and self.last_round.get(client):
+                kept = sorted(alpha[:, number].topk(min(self.config.retained, len(alpha))).indices.tolist())
+                alpha[kept] = functional.one_hot(torch.tensor(number), alpha.shape[1]).float()
+            self._known[client] = alpha, kept
+        return self._known[client]

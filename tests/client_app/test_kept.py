@@ -360,3 +360,16 @@ def test_a_node_with_a_folder_needs_no_home(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     assert state_folder({"state": str(tmp_path)}) == tmp_path
+
+
+def test_where_a_round_started_stays_until_another_counts(tmp_path):
+    """Two rounds that the server could not use start both from the one that it last could."""
+    keeper = Keeper(tmp_path, "run", "3")
+    tensors = {"flat": torch.ones(4)}
+    keeper.save(5, tensors)
+    keeper.save(6, tensors, start=5)
+    keeper.save(7, tensors, start=5)
+    keeper.load(5, 4)
+    keeper.save(8, tensors, start=7)
+    with pytest.raises(MessageError, match="it has: 7, 8"):
+        keeper.load(5, 4)

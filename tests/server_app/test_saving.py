@@ -116,8 +116,8 @@ def test_a_clients_own_model_opens_by_its_name(saved, run, model, images):
     with pytest.raises(ConfigError, match="no personal model of client '7'; there are: none; the run's strategy"):
         open_adapter(saved.parent, client="7")
     shared = torch.from_numpy(model.read())
-    save_personal(saved, {"7": shared + 0.1, "10": shared})
-    with pytest.raises(ConfigError, match="client '8'; there are: 7, 10"):
+    save_personal(saved, {"7": shared + 0.1, "10": shared, "__metadata__": shared.clone()})
+    with pytest.raises(ConfigError, match="client '8'; there are: 7, 10, __metadata__"):
         open_adapter(saved.parent, client="8")
     try:
         model.load((shared + 0.1).numpy())

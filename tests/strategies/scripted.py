@@ -69,6 +69,7 @@ class Script:
         record = encode(sent, part, exchange.wire)
         if exchange.wire.lossy:
             layout.put(kept["error"], exchange.up, sent - decode(record, part, exchange.wire))
+            layout.put(kept["received"], exchange.up, layout.take(kept["flat"], exchange.up))
         return record
 
 

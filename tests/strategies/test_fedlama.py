@@ -181,6 +181,24 @@ def test_the_cohort_is_fixed_inside_a_window():
     assert cohorts[0] != cohorts[3]
 
 
+def test_who_joins_or_leaves_changes_nothing_for_a_window_under_way():
+    names, strategy = [str(i) for i in range(12)], make_strategy("fedavg", schedule=fedlama(), fraction_train=0.5)
+    reports = []
+
+    class ChangingGrid(ShufflingGrid):
+        def get_node_ids(self):
+            nodes = list(super().get_node_ids())
+            drawn = set(map(int, reports[1].clients_used)) if len(reports) > 1 else set()
+            gone = next(i for i in range(10) if i not in drawn)
+            return nodes[:10] if not drawn else [node for node in nodes if node != gone + 1]
+
+    grid = ChangingGrid(scripted_app(Script(values=by_unit)), names)
+    strategy.start(grid, initial_arrays(), num_rounds=4, on_round=reports.append)
+    assert reports[1].clients_used == reports[2].clients_used
+    assert len(reports[1].clients_used) == 5
+    assert reports[3].cohort == round(0.5 * 11)
+
+
 def test_who_drops_out_comes_back_with_the_next_window_and_the_others_count_in_full():
     def values(client, server_round, received):
         update = by_unit(client, server_round, received)
@@ -200,10 +218,11 @@ def test_a_round_that_fails_ends_the_window():
         update = by_unit(client, server_round, received)
         return update * np.nan if server_round == 3 else update
 
-    flat, _, reports, script = run(Script(values=values), rounds=5, schedule=fedlama(factor=2))
+    flat, strategy, reports, script = run(Script(values=values), rounds=5, schedule=fedlama(factor=2))
     assert [report.merged for report in reports[1:]] == [True, True, False, True, True]
     fourth = [instruction for _, instruction, _ in script.heard if instruction.server_round == 4]
     assert all(instruction.exchange.start == 0 and instruction.exchange.down is None for instruction in fourth)
+    assert strategy.schedule.complete, "the last round synchronises"
     assert np.isfinite(flat).all()
 
 
@@ -230,6 +249,22 @@ def test_the_model_is_evaluated_where_all_units_are_new():
     grid = ShufflingGrid(scripted_app(Script(values=by_unit)), NAMES)
     strategy.start(grid, initial_arrays(), num_rounds=10, evaluate_fn=lambda number, arrays: evaluated.append(number))
     assert evaluated == [0, 3, 6, 9, 10]
+
+
+def test_a_window_that_fails_in_the_middle_leaves_a_model_that_is_not_complete():
+    def values(client, server_round, received):
+        return by_unit(client, server_round, received) * (np.nan if server_round == 4 else 1)
+
+    evaluated = []
+    strategy = make_strategy("fedavg", schedule=fedlama(factor=4))
+    grid = ShufflingGrid(scripted_app(Script(values=values)), NAMES)
+    strategy.start(grid, initial_arrays(), num_rounds=9, evaluate_fn=lambda number, arrays: evaluated.append(number))
+    assert evaluated == [0, 8, 9]
+
+
+def test_a_discrepancy_that_is_not_finite_lets_no_unit_wait():
+    assert not lengthened_units(torch.tensor([1.0, torch.inf]), torch.ones(2)).any()
+    assert torch.isfinite(unit_discrepancy([torch.full((2,), 3e38), torch.full((2,), -3e38)], [0.5, 0.5], 1))
 
 
 def test_state_goes_on_in_the_middle_of_a_window():

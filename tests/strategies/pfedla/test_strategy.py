@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from strategies import TaskContext
+from task.wire import WireConfig
 from tests.strategies.scripted import (
     BASE,
     CLASSES,
@@ -164,3 +165,34 @@ def test_a_state_goes_on_where_it_was():
         assert other.exchange(4, name) == strategy.exchange(4, name)
     assert isinstance(other.context, TaskContext)
     assert (other.context.base, other.context.classes) == (BASE, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_all_units_retained_is_training_alone_also_with_rounded_numbers(dtype):
+    """What the server holds differs from what the client does by one rounding error, which does not grow."""
+    _, strategy, _, script = run(rounds=6, retained=3, wire=WireConfig(dtype))
+    for name in NAMES:
+        own = drifting(name, 6, starts(script)[name, 6])
+        np.testing.assert_allclose(stored(strategy, name), own, atol=0.06 * (1 + int(name)))
+
+
+def test_no_more_units_are_retained_than_asked_for():
+    _, _, _, script = run(rounds=3, retained=1, self_bias=200.0)
+    for _, instruction, _ in script.heard:
+        if instruction.server_round > 1:
+            assert len(instruction.exchange.down) == 2
+
+
+def test_values_that_the_store_cannot_hold_cost_their_client_the_round():
+    def values(client, server_round, received):
+        return drifting(client, server_round, received) + (1e5 if (client, server_round) == ("1", 2) else 0)
+
+    flat, _, reports, _ = run(values=values, store="float16")
+    assert "its largest value is 1e+05; strategy.store=float16 takes 6.55e+04" in reports[2].clients_dropped["1"]
+    assert reports[3].clients_used == NAMES
+    assert np.isfinite(flat).all()
+    flat, _, reports, _ = run(
+        values=lambda client, n, received: drifting(client, n, received) * (1e18 if n == 2 else 1)
+    )
+    assert [report.merged for report in reports[1:]] == [True, False, True]
+    assert np.isfinite(flat).all()
