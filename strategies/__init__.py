@@ -1,6 +1,6 @@
 """Flower strategies that merge adapters layer by layer, one paper per module."""
 
-from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.base import LayerwiseStrategy
 from strategies.ccvr import Calibration, CalibrationConfig
 from strategies.context import TaskContext
 from strategies.fedavg import FedAvg, FedAvgConfig
@@ -11,6 +11,7 @@ from strategies.fedprox import FedProx, FedProxConfig
 from strategies.ffa_lora import FfaLora, FfaLoraConfig
 from strategies.fisher import Fisher, FisherConfig
 from strategies.livar import Livar, LivarConfig
+from strategies.options import StrategyConfig
 from strategies.pfedla import PFedLa, PFedLaConfig
 from strategies.regmean import RegMean, RegMeanConfig
 from strategies.schedule import Schedule, ScheduleConfig

@@ -4,13 +4,12 @@ import dataclasses
 import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import repeat
+from dataclasses import replace
 from logging import ERROR, INFO
 from typing import Any, ClassVar
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -19,51 +18,24 @@ from strategies.ccvr import Calibration
 from strategies.codec import Codec
 from strategies.cohort import ClientDirectory, draw_cohort
 from strategies.context import TaskContext
+from strategies.exchanging import collect_updates, phase_messages
 from strategies.loop import EvaluateFn, OnRound, RoundLoop
 from strategies.merging import merge_adapter, merge_products
+from strategies.options import StrategyConfig
 from strategies.replies import (
-    Collected,
     Update,
     check_all,
     check_evaluation,
-    check_update,
     foreign_metrics,
     mean_metric,
     replies_by_client,
 )
 from strategies.report import RoundReport
 from strategies.schedule import Schedule
-from task.config import bounded
 from task.errors import ConfigError
 from task.exchange import EVERYTHING, Exchange
-from task.messages import ARRAYS, CONFIG, Instruction
+from task.messages import Instruction
 from task.signals import NOTHING, SignalRequest, signal_layout
-
-
-@dataclass
-class StrategyConfig:
-    """Options that every strategy has."""
-
-    name: str = ""
-    """Name of the strategy in the registry."""
-    fraction_train: float = bounded(1.0, above=0.0, at_most=1.0)
-    """Share of the clients in a round's cohort."""
-    min_clients: int = bounded(2, at_least=1)
-    """Fewest clients in a cohort, and fewest good replies for a round to change the model."""
-    min_available_clients: int = bounded(0, at_least=0)
-    """Start once so many clients are there; 0: as many as ``min_clients``."""
-    wait_for_clients: float = bounded(120.0, above=0.0)
-    """Seconds to wait for them."""
-    max_failed_rounds: int = bounded(3, at_least=1)
-    """End the run after so many successive rounds with too few good replies."""
-    evaluate_clients: str = bounded("phase", choices=("phase", "train", "off"))
-    """Evaluate on the clients' own test images in a phase of its own, along with training (of the model a client
-    receives, so one round late; in the last round by a phase after it instead), or not at all."""
-    evaluate_every: int = bounded(1, at_least=1)
-    """Evaluate every so many rounds, and after the last."""
-    evaluate_tuned: bool = False
-    """In a phase of evaluation, let clients also train for a round from what they received, evaluate that too, and
-    forget it: what local fine-tuning brings."""
 
 
 class LayerwiseStrategy(Strategy):
@@ -230,6 +202,10 @@ class LayerwiseStrategy(Strategy):
             log(INFO, "Adapters are merged by lora.merge=%s", self.context.lora_merge)
         if self.calibration is not None:
             log(INFO, "Calibration: %s", self.calibration.config)
+        if self.schedule.config.name != "every_round":
+            log(INFO, "Schedule: %s", self.schedule.config)
+        if self.codec.wire.lossy:
+            log(INFO, "On the wire: %s", self.codec.wire)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -237,13 +213,13 @@ class LayerwiseStrategy(Strategy):
         """Make the messages that ask this round's cohort to train."""
         cohort = self.schedule.cohort(server_round, self.directory.identities, self._draw)
         self.report.cohort = len(cohort)
-        return self.messages(MessageType.TRAIN, cohort, server_round, arrays, config)
+        return phase_messages(self, MessageType.TRAIN, cohort, arrays, config, self.instruction(server_round))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies and merge the good ones; (None, None) leaves the model as it was."""
-        collected = self._collect_updates(replies)
+        collected = collect_updates(self, replies)
         updates, report = collected.good, self.report
         self.report.drop("", collected.dropped)
         if len(updates) < self.config.min_clients:
@@ -277,7 +253,7 @@ class LayerwiseStrategy(Strategy):
         instruction = self.without_training(server_round)
         if self.config.evaluate_tuned:
             instruction = replace(instruction, evaluate="tuned")
-        return self.messages(MessageType.EVALUATE, self.directory.identities, server_round, arrays, config, instruction)
+        return phase_messages(self, MessageType.EVALUATE, self.directory.identities, arrays, config, instruction)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Check the evaluations and take their unweighted mean."""
@@ -348,79 +324,10 @@ class LayerwiseStrategy(Strategy):
 
     # --- Parts ----------------------------------------------------------------------------------------------
 
-    def messages(
-        self,
-        kind: str,
-        clients: Sequence[str],
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        instruction: Instruction | None = None,
-    ) -> list[Message]:
-        """Make a message for each client; with the round's own instruction unless one is given."""
-        self.asked = list(clients)
-        asked = self.instruction(server_round) if instruction is None else instruction
-        trains = kind == MessageType.TRAIN
-        planned = {c: self.exchange(server_round, c) if trains else self.exchange_without_training(c) for c in clients}
-        self.exchanges = {client: self._named(exchange) for client, exchange in planned.items()}
-        records: dict[Exchange, ConfigRecord] = {}
-        packed: dict[tuple[str, ...] | None, ArrayRecord] = {} if self.codec.wire.lossy else {None: arrays}
-        messages = []
-        for (client, exchange), model in zip(self.exchanges.items(), self.models_for(clients), strict=True):
-            if exchange not in records:
-                records[exchange] = ConfigRecord({**config, **replace(asked, exchange=exchange).to_record()})
-            content = RecordDict({ARRAYS: self._arrays_for(model, exchange, packed), CONFIG: records[exchange]})
-            messages.append(Message(content, self.directory.nodes[client], kind, group_id=str(server_round)))
-        return messages
-
-    def _arrays_for(
-        self, model: torch.Tensor, exchange: Exchange, packed: dict[tuple[str, ...] | None, ArrayRecord]
-    ) -> ArrayRecord:
-        """Write the units that a client is sent; those of the global model once for all."""
-        if model is not self.flat:
-            return self.codec.to_send(model, exchange.down)
-        if exchange.down not in packed:
-            packed[exchange.down] = self.codec.to_send(model, exchange.down)
-        return packed[exchange.down]
-
-    def _named(self, exchange: Exchange) -> Exchange:
-        """Complete an exchange by how values travel, and by the run's name where clients keep anything."""
-        named = exchange.start or exchange.keep or self.codec.wire.lossy
-        return replace(exchange, run=self.run if named else "", wire=self.codec.wire)
-
-    def _collect_updates(self, replies: Iterable[Message]) -> Collected[Update]:
-        """Check train replies, and the evaluations that came with them."""
-        answered, failed = replies_by_client(replies, self.directory, self.asked)
-        rounded = self.codec.wire.lossy or any(self.exchanges[client].up is not None for client in answered)
-        received = iter(self.models_for(list(answered))) if rounded else repeat(None)
-        updates = check_all(answered, failed, lambda reply, client: self._checked_update(reply, client, next(received)))
-        if self.instruction(self.server_round).evaluate == "received":
-            with_test = {update.client: answered[update.client] for update in updates.good}
-            evaluations = check_all(with_test, {}, lambda reply, client: check_evaluation(reply, client, "test-"))
-            self.report.drop("evaluation: ", evaluations.dropped)
-            self.report.evaluated(evaluations.good, self.server_round - 1)
-        return updates
-
     def _draw(self, server_round: int) -> list[str]:
         """Draw the cohort of a round from the clients that are there."""
         share, least, seed = self.config.fraction_train, self.config.min_clients, self.context.seed
         return draw_cohort(self.directory.identities, share, least, seed, server_round)
-
-    def _checked_update(self, reply: Message, client: str, received: torch.Tensor | None) -> Update:
-        """Check a reply; units that it was not asked for are those of the model that the client was to receive.
-
-        Rounded values are changes, and are added to the server's own values, which are not rounded.
-        """
-        units = self.exchanges[client].up
-        update = check_update(reply, client, self.codec, self.context.base, self.asked_signals, units)
-        if received is not None:
-            flat, sent = received.clone(), update.flat
-            if self.codec.wire.lossy:
-                sent = sent + self.codec.layout.take(flat, units)
-            self.codec.layout.put(flat, units, sent)
-            update = replace(update, flat=flat)
-        self.check(update)
-        return update
 
     def _note_failed_round(self, server_round: int, reason: str) -> None:
         self.failed_rounds += 1

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 
 from strategies.arithmetic import sample_weights, weighted_sum
-from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.base import LayerwiseStrategy
 from strategies.merging import same_for_all_layers
+from strategies.options import StrategyConfig
 from strategies.replies import Update
 
 

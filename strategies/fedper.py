@@ -7,8 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from strategies.arithmetic import sample_weights, weighted_sum
-from strategies.base import StrategyConfig
 from strategies.keeping import KeepingStrategy
+from strategies.options import StrategyConfig
 from strategies.replies import Update
 from task.exchange import Exchange
 from task.units import HEAD

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from strategies.base import StrategyConfig
 from strategies.fedavg import FedAvg
+from strategies.options import StrategyConfig
 
 
 @dataclass

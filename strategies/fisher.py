@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 
 from strategies.arithmetic import sample_weights
-from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.base import LayerwiseStrategy
+from strategies.options import StrategyConfig
 from strategies.replies import Update
 from task.config import bounded
 from task.errors import MessageError

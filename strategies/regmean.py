@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from strategies.arithmetic import sample_weights
-from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.base import LayerwiseStrategy
 from strategies.merging import merge_others, part_of, product_svd
+from strategies.options import StrategyConfig
 from strategies.replies import Update
 from task.config import bounded
 from task.errors import MessageError

@@ -9,6 +9,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
 
+from strategies.exchanging import phase_messages
 from strategies.replies import check_all, check_moments, replies_by_client
 from task.messages import MEASURE
 from task.seeding import generator_for
@@ -29,7 +30,7 @@ def calibration_messages(strategy: "LayerwiseStrategy", server_round: int, array
         return []
     instruction = replace(strategy.without_training(server_round), signals=calibration.request)
     clients = strategy.directory.identities
-    return strategy.messages(MEASURE, clients, server_round, arrays, ConfigRecord(), instruction)
+    return phase_messages(strategy, MEASURE, clients, arrays, ConfigRecord(), instruction)
 
 
 def calibrate(strategy: "LayerwiseStrategy", server_round: int, replies: Iterable[Message]) -> ArrayRecord | None:

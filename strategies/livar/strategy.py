@@ -12,10 +12,11 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from strategies.arithmetic import sample_weights
-from strategies.base import LayerwiseStrategy, StrategyConfig
+from strategies.base import LayerwiseStrategy
 from strategies.livar.table import read_table
 from strategies.livar.weights import class_merge_weights, lora_merge_weights, per_layer_scores
 from strategies.merging import merge_head, merge_others
+from strategies.options import StrategyConfig
 from strategies.replies import Update
 from task.config import bounded
 from task.errors import MessageError

@@ -10,8 +10,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 from torch.nn import functional
 
-from strategies.base import StrategyConfig
 from strategies.keeping import KeepingStrategy
+from strategies.options import StrategyConfig
 from strategies.pfedla.hypernetwork import HypernetworkBank
 from strategies.pfedla.store import ModelStore, mixed_unit, stacked, unit_gain
 from strategies.replies import Update
