@@ -7,6 +7,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from task.backbone import backbone_folder, resolved
 from task.config import TaskConfig
 from task.data.batches import Normaliser, train_batches
 from task.data.images import ImageSet
+from task.device import choose_device
 from task.model import AdaptedModel, build_model
 from task.signals import NOTHING, SignalRequest
 
+AIM = 0.02
 APP = Path(__file__).resolve().parents[1]
 
 
@@ -39,12 +42,15 @@ class Client:
     def __init__(self, task: TaskConfig, num_images: int, num_classes: int) -> None:
         self.task = task
         self.model: AdaptedModel = build_model(task, num_classes, backbone_folder({}))
+        device = choose_device(task.train.device)
+        self.model.to(device)
         self.received = self.model.read()
         self.optimizer = make_optimizer(self.model, task.train)
-        self.normaliser = Normaliser.of(task.backbone.mean, task.backbone.std)
+        self.normaliser = Normaliser.of(task.backbone.mean, task.backbone.std, device)
         generator, side = torch.Generator().manual_seed(0), task.backbone.image_size
         images = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8, generator=generator)
-        self.data = ImageSet(images, torch.randint(0, num_classes, (num_images,), generator=generator))
+        labels = torch.randint(0, num_classes, (num_images,), generator=generator)
+        self.data = ImageSet(images, labels).to(device)
 
     def seconds(self, request: SignalRequest) -> float:
         """Train one round and, if asked, pack the signals; returns the wall-clock seconds of it."""
@@ -67,7 +73,7 @@ class Client:
         return time.perf_counter() - began
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure pairs and print the overhead's median, minimum and maximum."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as backbone=dinov2_small_file")
@@ -75,7 +81,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--json", type=Path, default=APP / "runs" / "bench" / "signals.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     settings = compose_run({"strategy": "livar"}, ["train.local_epochs=1", *arguments.overrides]).settings
     settings.backbone = resolved(settings.backbone)
     client, livar = Client(settings, arguments.images, arguments.classes), Livar().request()
@@ -91,6 +97,7 @@ def main() -> None:
     arguments.json.write_text(json.dumps({"signals_overhead": result, "overrides": arguments.overrides}, indent=1))
     shown = ", ".join(f"{name} {100 * value:+.2f} %" for name, value in result.items())
     print(f"{settings.backbone.name}, {torch.get_num_threads()} threads: signals cost {shown} of the training time")
+    print(f"At most {100 * AIM:.0f} % in the median: {'yes' if result['median'] <= AIM else 'no'}")
 
 
 if __name__ == "__main__":
