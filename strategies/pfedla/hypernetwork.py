@@ -89,8 +89,9 @@ class HypernetworkBank:
         own = {name: value[chosen].requires_grad_() for name, value in self.parameters.items()}
         objective = (self._forward(own, chosen) * gain).sum()
         gradients = torch.autograd.grad(objective, list(own.values()))
-        for value, gradient in zip(self.parameters.values(), gradients, strict=True):
-            value.index_add_(0, chosen, gradient, alpha=self.learning_rate)
+        with torch.no_grad():
+            for value, mine, gradient in zip(self.parameters.values(), own.values(), gradients, strict=True):
+                value.index_copy_(0, chosen, mine.add_(gradient, alpha=self.learning_rate))
 
     def _forward(self, own: dict[str, Tensor], clients: Tensor) -> Tensor:
         hidden = own["embedding"]
