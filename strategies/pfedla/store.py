@@ -7,6 +7,9 @@ from torch import Tensor
 
 from task.units import Layout
 
+COLUMNS = 1 << 14
+"""Values of each client that are worked on at once."""
+
 
 class ModelStore:
     """theta_j of every client j, as one matrix [clients, dim] for each unit.
@@ -74,17 +77,24 @@ def mixed_unit(alpha: Tensor, rows: Tensor) -> Tensor:
     return found
 
 
-def unit_gain(new: Tensor, received: Tensor, rows: Tensor, cosine: bool) -> Tensor:
-    """Take G[i,j] = <theta_j, Delta_i> of a unit, Delta_i = theta_i_new - bar_theta_i, by one matrix product.
+def exchange_unit(
+    rows: Tensor, new: Sequence[Tensor], chosen: Sequence[int], alpha: Tensor, cosine: bool = False
+) -> Tensor:
+    """Put new values of a unit into the store and return what the old ones say of them: G[i,j] = <theta_j, Delta_i>.
+
+    Delta_i = theta_i_new - bar_theta_i, with bar_theta_i = sum_j alpha[i,j] theta_j of the store as it was. Some
+    columns at a time, two matrix products each, so that nothing of the store's size is made.
 
     Parameters
     ----------
-    new : Tensor, float32, [k, dim]
-        The selected clients' values after local training.
-    received : Tensor, float32, [k, dim]
-        bar_theta_i; is overwritten.
     rows : Tensor, [clients, dim]
-        The store that bar_theta came from.
+        The unit's values of all clients; the rows ``chosen`` are overwritten.
+    new : Sequence[Tensor], float32, each [dim]
+        theta_i_new of the selected clients.
+    chosen : Sequence[int]
+        Their rows, distinct.
+    alpha : Tensor, float32, [k, clients]
+        Their weights.
     cosine : bool
         Divide by ||theta_j|| ||Delta_i||.
 
@@ -97,15 +107,16 @@ def unit_gain(new: Tensor, received: Tensor, rows: Tensor, cosine: bool) -> Tens
     ----------
     Ma et al. 2022 (pFedLA), Eq. 8 and 9, of which only these inner products are needed.
     """
-    delta = torch.sub(new, received, out=received)
-    values = rows.float()
-    gain = delta @ values.T
+    gain, delta_squares, row_squares = torch.zeros(alpha.shape), torch.zeros(len(alpha), 1), torch.zeros(1, len(rows))
+    for start in range(0, rows.shape[1], COLUMNS):
+        part = rows[:, start : start + COLUMNS]
+        old, values = part.float(), torch.stack([one[start : start + COLUMNS] for one in new])
+        delta = values - mixed_unit(alpha, old)
+        gain.addmm_(delta, old.T)
+        if cosine:
+            delta_squares += delta.square().sum(1)[:, None]
+            row_squares += old.square().sum(1)[None]
+        part[chosen] = values.to(rows.dtype)
     if cosine:
-        tiny = torch.finfo(torch.float32).tiny
-        gain /= (delta.norm(dim=1)[:, None] * values.norm(dim=1)[None]).clamp_min(tiny)
+        gain /= (delta_squares.sqrt() * row_squares.sqrt()).clamp_min(torch.finfo(torch.float32).tiny)
     return gain
-
-
-def stacked(vectors: Sequence[Tensor], part: slice) -> Tensor:
-    """Stack a range of several flat arrays, [k, dim]."""
-    return torch.stack([vector[part] for vector in vectors])

@@ -13,7 +13,7 @@ from torch.nn import functional
 from strategies.keeping import KeepingStrategy
 from strategies.options import StrategyConfig
 from strategies.pfedla.hypernetwork import HypernetworkBank
-from strategies.pfedla.store import ModelStore, mixed_unit, stacked, unit_gain
+from strategies.pfedla.store import ModelStore, exchange_unit
 from strategies.replies import Update
 from task.config import bounded
 from task.errors import MessageError
@@ -110,22 +110,16 @@ class PFedLa(KeepingStrategy):
         chosen = [self.clients.index(update.client) for update in updates]
         alpha = self._weights([update.client for update in updates])
         gain = torch.empty_like(alpha)
-        for number, unit in enumerate(self.codec.layout.units):
-            gain[:, number] = self._take_over(unit, chosen, alpha[:, number], updates)
+        cosine = self.config.gain == "cosine"
+        for number, (unit, part) in enumerate(self.codec.layout.slices.items()):
+            new = [update.flat[part] for update in updates]
+            gain[:, number] = exchange_unit(self.store.units[unit], new, chosen, alpha[:, number], cosine)
         for row, update in zip(gain, updates, strict=True):
             row[self._retained_numbers(update.client)] = 0.0
         self.bank.step(chosen, gain)
         if alpha.numel() <= MAX_REPORTED:
             self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
         return self.store.mean()
-
-    def _take_over(self, unit: str, chosen: list[int], alpha: Tensor, updates: Sequence[Update]) -> Tensor:
-        """Put a unit's new values into the store; return what the old store says of them, G [k, clients]."""
-        rows = self.store.units[unit]
-        new = stacked([update.flat for update in updates], self.codec.layout.slices[unit])
-        gain = unit_gain(new, mixed_unit(alpha, rows), rows, self.config.gain == "cosine")
-        rows[chosen] = new.to(rows.dtype)
-        return gain
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state, the store, the hypernetworks, and who is where."""

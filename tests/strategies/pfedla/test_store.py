@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from strategies.pfedla import ModelStore
-from strategies.pfedla.store import mixed_unit, unit_gain
+from strategies.pfedla.store import COLUMNS, exchange_unit, mixed_unit
 from tests.strategies.scripted import LAYOUT
 
 INITIAL = torch.linspace(-1, 1, LAYOUT.size)
@@ -47,14 +47,25 @@ def test_rows_of_both_kinds_go_together():
 
 
 @pytest.mark.parametrize("cosine", [True, False])
-def test_gains_are_inner_products_with_the_change(cosine):
-    new, received, rows = torch.randn(2, 6), torch.randn(2, 6), torch.randn(4, 6)
-    delta = (new - received).double()
-    expected = torch.tensor([[float(r.double() @ d) for r in rows] for d in delta])
+@pytest.mark.parametrize("dim", [6, 2 * COLUMNS + 3])
+def test_gains_are_inner_products_with_the_change_and_new_values_take_over(cosine, dim):
+    generator = torch.Generator().manual_seed(0)
+    rows, new = torch.randn(4, dim, generator=generator), torch.randn(2, dim, generator=generator)
+    alpha, before = torch.rand(2, 4, generator=generator).softmax(1), rows.double()
+    delta = new.double() - alpha.double() @ before
+    expected = delta @ before.T
     if cosine:
-        expected /= delta.norm(dim=1)[:, None] * rows.double().norm(dim=1)[None]
-    torch.testing.assert_close(unit_gain(new, received.clone(), rows, cosine), expected.float(), rtol=1e-4, atol=1e-5)
-    assert not unit_gain(new, new.clone(), rows, cosine).any(), "no change, no gain"
+        expected /= delta.norm(dim=1)[:, None] * before.norm(dim=1)[None]
+    gain = exchange_unit(rows, list(new), [3, 1], alpha, cosine)
+    torch.testing.assert_close(gain, expected.float(), rtol=1e-4, atol=1e-2 if dim > COLUMNS and not cosine else 1e-5)
+    assert torch.equal(rows[[3, 1]], new)
+    assert torch.equal(rows[[0, 2]], before[[0, 2]].float())
+
+
+def test_no_change_is_no_gain():
+    rows, alpha = torch.randn(3, 5), torch.tensor([[0.0, 1.0, 0.0]])
+    for cosine in (True, False):
+        assert not exchange_unit(rows.clone(), [rows[1].clone()], [1], alpha, cosine).any()
 
 
 def test_a_store_grows_by_the_initial_model():
