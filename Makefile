@@ -42,7 +42,7 @@ types: $(STAMP) ## Check types.
 test test-quick: export OMP_NUM_THREADS := 1
 
 test: lint types ## Run all checks and all tests, three at a time (those marked gpu or data where they can run).
-	$(BIN)/pytest -n 3 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
 	$(BIN)/pytest -m "not slow and not e2e"

@@ -25,6 +25,11 @@ hypothesis.settings.register_profile("petalwise", deadline=None, derandomize=Tru
 hypothesis.settings.load_profile("petalwise")
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the tests that start processes, so that no worker is left with them alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("data") and not os.environ.get("PETALWISE_TEST_DATA"):
         pytest.skip("PETALWISE_TEST_DATA names no folder")
