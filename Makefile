@@ -39,9 +39,13 @@ lint: $(STAMP) ## Check style, formatting and the direction of imports.
 types: $(STAMP) ## Check types.
 	$(BIN)/mypy
 
-test test-quick: export OMP_NUM_THREADS := 1
+tests test-quick: export OMP_NUM_THREADS := 1
 
-test: lint types ## Run all checks and all tests, three at a time (those marked gpu or data where they can run).
+test: $(STAMP) ## Run all checks and all tests, three at a time (those marked gpu or data where they can run).
+	@$(MAKE) --no-print-directory -j 2 lint types tests
+
+.PHONY: tests
+tests: $(STAMP)
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
