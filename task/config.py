@@ -101,6 +101,8 @@ class DatasetConfig:
     """Column with the class labels."""
     classes: list[str] = field(default_factory=list)
     """Class names in order of their index; empty: as the data declares them."""
+    other_classes: str = bounded("refuse", choices=("refuse", "leave_out"))
+    """What becomes of images whose class ``classes`` lacks: the data is refused, or they are left out."""
     central_test_fraction: float = bounded(0.2, above=0.0, at_most=0.9)
     """Share of the training split held out for the server where the data has no test split."""
     client_test_fraction: float = bounded(0.2, above=0.0, at_most=0.9)

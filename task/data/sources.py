@@ -113,6 +113,8 @@ def _in_common_form(
                 f"its columns are: {', '.join(raw.column_names)}."
             )
     codes, names = _classes(raw, config, split, location)
+    if config.classes and config.other_classes == "leave_out":
+        raw, codes = _without_others(raw, codes, config, split)
     replaced = {"image", "label", config.label_column} - {config.image_column}
     dataset = raw.remove_columns([column for column in raw.column_names if column in replaced])
     if config.image_column != "image":
@@ -125,6 +127,16 @@ def _in_common_form(
     if config.source != "folder":
         _require_bytes(dataset, config)
     return dataset.add_column("label", codes, feature=datasets.ClassLabel(names=names))
+
+
+def _without_others(
+    raw: datasets.Dataset, codes: NDArray[np.int64], config: DatasetConfig, split: str
+) -> tuple[datasets.Dataset, NDArray[np.int64]]:
+    """Leave out the rows whose class is none of ``dataset.classes``, which have the code -1."""
+    rows = np.flatnonzero(codes >= 0)
+    if not len(rows):
+        raise DataError(f"The split '{split}' of '{config.name}' has no image of the classes in dataset.classes.")
+    return raw.select(rows), codes[rows]
 
 
 def _require_bytes(dataset: datasets.Dataset, config: DatasetConfig) -> None:
@@ -179,9 +191,13 @@ def _labels_of_other_split(config: DatasetConfig, split: str, location: Path | N
 
 def _numbered(codes: NDArray[np.int64], names: list[str], config: DatasetConfig) -> tuple[NDArray[np.int64], list[str]]:
     """Take numbers without names as positions in the list of classes."""
-    outside = codes[(codes < 0) | (codes >= len(names))]
-    if outside.size:
-        raise DataError(f"'{config.name}' has the label {outside[0]}; dataset.classes names 0 to {len(names) - 1}.")
+    outside = (codes < 0) | (codes >= len(names))
+    if config.classes and config.other_classes == "leave_out":
+        return np.where(outside, -1, codes), names
+    if outside.any():
+        raise DataError(
+            f"'{config.name}' has the label {codes[outside][0]}; dataset.classes names 0 to {len(names) - 1}."
+        )
     return codes, names
 
 
@@ -190,7 +206,7 @@ def _renumbered(
 ) -> tuple[NDArray[np.int64], list[str]]:
     """Follow the order of ``dataset.classes``; classes without images may be missing from the data, not the reverse."""
     unknown = [names[code] for code in np.unique(codes) if names[code] not in config.classes]
-    if unknown:
+    if unknown and config.other_classes == "refuse":
         raise DataError(f"'{config.name}' has images of classes that dataset.classes lacks: {', '.join(unknown)}.")
     order = [config.classes.index(name) if name in config.classes else -1 for name in names]
     return np.asarray(order, dtype=np.int64)[codes], list(config.classes)

@@ -222,6 +222,27 @@ def test_an_unknown_class_is_refused_by_name(tmp_path, write_parquet, feature, l
 
 
 @pytest.mark.parametrize(
+    ("feature", "labels", "classes"),
+    [
+        (ClassLabel(names=["cat", "dog", "elk"]), [0, 1, 2, 1], ["dog", "cat"]),
+        (Value("string"), ["cat", "dog", "elk", "dog"], ["dog", "cat"]),
+        (Value("int64"), [1, 0, 2, 0], ["zero", "one"]),
+    ],
+)
+def test_images_of_other_classes_are_left_out_if_asked(tmp_path, write_parquet, feature, labels, classes):
+    write_parquet(tmp_path / "train.parquet", labels, feature)
+    train = load_split(parquet(classes=classes, other_classes="leave_out"), "train", tmp_path, 0)
+    assert labels_of(train).tolist() == [1, 0, 0]
+    assert train.features["label"].names == classes
+
+
+def test_a_split_of_other_classes_alone_is_refused(tmp_path, write_parquet):
+    write_parquet(tmp_path / "train.parquet", ["cat", "dog"], Value("string"))
+    with pytest.raises(DataError, match=r"no image of the classes in dataset\.classes"):
+        load_split(parquet(classes=["yak"], other_classes="leave_out"), "train", tmp_path, 0)
+
+
+@pytest.mark.parametrize(
     ("feature", "labels", "message"),
     [
         (Value("string"), ["a", None], "Row 1 .* has no label"),
