@@ -87,8 +87,8 @@ class Exchanger:
                 keep["received"] = self._received
         if keep:
             self._keeper.save(self._round, keep, exchange.start)
-        elif exchange.start:
-            self._keeper.clear()
+        elif exchange.start:  # the server may ask for this round again
+            self._keeper.clear(but=exchange.start)
         return record
 
     def _error(self) -> Tensor:

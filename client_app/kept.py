@@ -116,8 +116,12 @@ class Keeper:
         """Find the last round before one of which something is kept; 0 for none."""
         return max((kept for kept in self._rounds() if kept < server_round), default=0)
 
-    def clear(self) -> None:
-        """Drop everything kept for this client and run."""
+    def clear(self, but: int = 0) -> None:
+        """Drop everything kept for this client and run, except that of one round."""
+        if self._path(but).exists():
+            for other in set(self._rounds()) - {but}:
+                self._path(other).unlink(missing_ok=True)
+            return
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # where other clients keep something still
             self._run.rmdir()

@@ -10,8 +10,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from server_app.central import central_evaluation
+from server_app.checkpoints import Checkpoint
 from server_app.compose import ComposedRun, compose_run
-from server_app.progress import Progress
+from server_app.keeping import RoundKeeping
+from server_app.resuming import open_past
 from server_app.run_folder import RunFolder
 from server_app.saving import save_adapter, save_personal
 from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
@@ -34,14 +36,14 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation; an error ends the run as failed, with its sentence in the log."""
     try:
-        run_federation(grid, compose_run(context.run_config))
+        run_federation(grid, compose_run(context.run_config), str(context.run_config.get("resume", "")))
     except PetalwiseError as error:
         log(ERROR, "The run stops: %s", error)
         raise type(error)(str(error)) from None
 
 
-def run_federation(grid: Grid, run: ComposedRun) -> Path:
-    """Run the rounds of a composed config.
+def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
+    """Run the rounds of a composed config, or those that a run still lacks.
 
     Parameters
     ----------
@@ -49,6 +51,8 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
         Connection to the nodes.
     run : ComposedRun
         The checked config.
+    resume : str
+        Folder of a run to go on with; empty: a new run. See :func:`server_app.resuming.open_past`.
 
     Returns
     -------
@@ -60,24 +64,27 @@ def run_federation(grid: Grid, run: ComposedRun) -> Path:
     PetalwiseError
         If config, data, model or clients do not allow the run.
     """
+    past = open_past(resume, run) if resume else None
+    run = past.run if past else run
     settings = run.settings
     settings.backbone = resolved(settings.backbone)
     names, test = _classes_and_test_images(settings)
     model = build_model(settings, len(names), backbone_folder({}))
     model.to(choose_device("cpu" if settings.train.device == "cpu" else "auto"))
-    strategy = _make_strategy(run, model, names)
-    folder = RunFolder(Path(settings.runs_dir), run.choice, run.yaml)
+    checkpoint = past.checkpoint if past else None
+    strategy = _make_strategy(run, model, names, checkpoint.run if checkpoint else uuid.uuid4().hex)
+    folder = past.folder if past else RunFolder.new(Path(settings.runs_dir), run.choice, run.yaml)
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
-    reports: list[RoundReport] = []
+    keeping = RoundKeeping(folder, run, strategy, past.reports if past else [])
     try:
-        _run_rounds(grid, run, strategy, model, test, folder, reports)
+        _run_rounds(grid, run, strategy, model, test, keeping, checkpoint)
     except BaseException:
         with suppress(Exception):  # why the rounds ended is what is to be told
-            _save(folder, strategy, model, run, names, reports)
+            _save(folder, strategy, model, run, names, keeping.reports)
         raise
-    _save(folder, strategy, model, run, names, reports)
-    log(INFO, "%s", _closing(reports))
+    _save(folder, strategy, model, run, names, keeping.reports)
+    log(INFO, "%s", _closing(keeping.reports))
     return folder.path
 
 
@@ -97,9 +104,9 @@ def _save(
         log(INFO, "Adapter: %s", folder.adapter)
 
 
-def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str]) -> LayerwiseStrategy:
-    """Make the strategy; the run gets a random name, under which clients keep things for it."""
-    settings, lineage = run.settings, uuid.uuid4().hex
+def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str], lineage: str) -> LayerwiseStrategy:
+    """Make the strategy; the lineage is the name under which clients keep things for the run."""
+    settings = run.settings
     task, classes = task_to_json(settings), classes_digest(names)
     context = TaskContext(
         task, model.layout, model.base, classes, settings.seed, settings.lora.merge, settings.wire, lineage
@@ -115,26 +122,20 @@ def _run_rounds(
     strategy: LayerwiseStrategy,
     model: AdaptedModel,
     test: ImageSet | None,
-    folder: RunFolder,
-    reports: list[RoundReport],
+    keeping: RoundKeeping,
+    checkpoint: Checkpoint | None,
 ) -> None:
-    """Start the strategy; every round is shown, kept in the run folder and added to the reports."""
-    progress = Progress(run.settings.num_server_rounds)
-
-    def note(report: RoundReport) -> None:
-        reports.append(report)
-        folder.append(report)
-        if run.settings.record_updates and report.merged:
-            folder.record(report.server_round, strategy.received, strategy.updates)
-        log(INFO, "%s", progress.line(report))
-
+    """Start the strategy, or go on with it; every round is shown and kept."""
+    if checkpoint is not None:
+        log(INFO, "Going on after round %d of %d.", checkpoint.server_round, run.settings.num_server_rounds)
     strategy.start(
         grid,
         ArrayRecord({FLAT: flat_to_array(model.read())}),
         num_rounds=run.settings.num_server_rounds,
         timeout=run.settings.round_timeout,
         evaluate_fn=None if test is None else central_evaluation(model, test, run.settings),
-        on_round=note,
+        on_round=keeping.note,
+        state=None if checkpoint is None else checkpoint.state,
     )
 
 

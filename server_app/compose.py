@@ -83,7 +83,24 @@ def compose_run(run_config: Mapping[str, Any], overrides: Sequence[str] = ()) ->
     ConfigError
         Naming the wrong key or value and the choices there are.
     """
-    composed, choice = _compose([*_overrides(run_config), *overrides])
+    return check_composed(*_compose([*_overrides(run_config), *overrides]))
+
+
+def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
+    """Check a composed config and give it its types.
+
+    Parameters
+    ----------
+    composed : DictConfig
+        The config, all groups filled in.
+    choice : str
+        What ``strategy=`` was given.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`compose_run`.
+    """
     settings = typed(RunSettings, OmegaConf.to_container(composed))  # plain, as ``+key=value`` may add unknown keys
     kind = _named("strategy", settings.strategy, STRATEGIES)
     strategy = typed(kind.Config, settings.strategy, "strategy.")

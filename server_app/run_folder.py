@@ -1,36 +1,63 @@
-"""The folder that a run leaves behind: config, metrics per round, adapter."""
+"""The folder that a run leaves behind: config, metrics per round, checkpoints, adapter."""
 
+import fcntl
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
 
+from server_app.checkpoints import Checkpoints
 from strategies.replies import Update
 from strategies.report import RoundReport
-from task.errors import ConfigError
+from task.errors import ConfigError, StateError
 
 
 class RunFolder:
-    """A new folder ``<time>-<strategy>`` for one run.
+    """The folder of one run, which no other process writes to meanwhile.
 
     Parameters
     ----------
-    parent : Path
-        Folder of all runs; made if it is not there.
-    strategy : str
-        Name of the strategy.
-    config : str
-        The composed config as YAML, kept as ``config.yaml``.
+    path : Path
+        A folder that is there.
+
+    Raises
+    ------
+    ConfigError
+        If another process has it.
     """
 
-    def __init__(self, parent: Path, strategy: str, config: str) -> None:
-        self.path = _new_folder(parent.expanduser().resolve(), f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}")
-        (self.path / "config.yaml").write_text(config, encoding="utf-8")
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._lock = _hold(path)
+
+    @staticmethod
+    def new(parent: Path, strategy: str, config: str) -> "RunFolder":
+        """Make a folder ``<time>-<strategy>`` for a new run.
+
+        Parameters
+        ----------
+        parent : Path
+            Folder of all runs; made if it is not there.
+        strategy : str
+            Name of the strategy.
+        config : str
+            The composed config as YAML, kept as ``config.yaml``.
+        """
+        folder = RunFolder(_new_folder(parent.expanduser().resolve(), f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy}"))
+        folder.write_config(config)
+        return folder
+
+    @property
+    def config(self) -> Path:
+        """The composed config as YAML."""
+        return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
@@ -46,6 +73,32 @@ class RunFolder:
         """Add a round to ``metrics.jsonl``."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(report.to_dict()), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def reports(self, size: int) -> list[RoundReport]:
+        """Read the first ``size`` bytes of ``metrics.jsonl`` and drop what is behind them.
+
+        Raises
+        ------
+        StateError
+            If there are fewer, or they are no reports.
+        """
+        try:
+            with self.metrics.open("rb+") as file:
+                kept = file.read(size)
+                file.truncate(size)
+            if len(kept) < size:
+                raise ValueError(f"it has {len(kept)} bytes of {size}")
+            return [RoundReport(**json.loads(line)) for line in kept.decode().splitlines()]
+        except (OSError, ValueError, TypeError) as error:
+            raise StateError(f"{self.metrics.name} in {self.path.name} cannot be gone on with: {error}.") from error
+
+    def write_config(self, config: str) -> None:
+        """Write ``config.yaml`` in one go."""
+        part = self.config.with_suffix(".part")
+        part.write_text(config, encoding="utf-8")
+        os.replace(part, self.config)
 
     def record(self, server_round: int, received: torch.Tensor, updates: Sequence[Update]) -> None:
         """Keep a round's updates and signals as ``updates/round-<n>.safetensors``.
@@ -81,6 +134,19 @@ def _new_folder(parent: Path, name: str) -> Path:
             raise ConfigError(f"runs_dir={str(parent)!r} cannot be written: {error.strerror}.") from error
         return path
     raise FileExistsError(f"{parent / name} and 998 more exist already.")
+
+
+def _hold(path: Path) -> BinaryIO:
+    """Lock a folder for as long as the returned file is open, which ends with the process at the latest."""
+    lock = (path / ".lock").open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(f"The run folder {path} belongs to a run that is still going on; stop that first.") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def _finite(value: Any) -> Any:

@@ -32,7 +32,7 @@ from strategies.replies import (
 )
 from strategies.report import RoundReport
 from strategies.schedule import Schedule
-from task.errors import ConfigError
+from task.errors import ConfigError, StateError
 from task.exchange import EVERYTHING, Exchange
 from task.messages import Instruction
 from task.signals import NOTHING, SignalRequest, signal_layout
@@ -275,6 +275,7 @@ class LayerwiseStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
         on_round: OnRound | None = None,
+        state: dict[str, Any] | None = None,
     ) -> Result:
         """Run the rounds; see :meth:`flwr.serverapp.strategy.Strategy.start`.
 
@@ -294,6 +295,8 @@ class LayerwiseStrategy(Strategy):
             Evaluates the global model on the server, before round 1 and after every round.
         on_round : callable, optional
             Is given the :class:`~strategies.report.RoundReport` after every round, round 0 included.
+        state : dict, optional
+            What :meth:`state_dict` returned after one of the rounds, to go on with the next.
 
         Returns
         -------
@@ -302,6 +305,8 @@ class LayerwiseStrategy(Strategy):
 
         Raises
         ------
+        StateError
+            If ``state`` does not fit.
         TooFewClientsError
             If fewer than ``min_clients`` clients can take part, too many successive rounds had too few good
             replies, or no round had enough.
@@ -319,10 +324,23 @@ class LayerwiseStrategy(Strategy):
         self.failed_rounds = self.merged_rounds = self.server_round = 0
         signal_layout(self.asked_signals, self.codec.layout)  # refuses a model that has not what the signals are of
         self.summary()
+        if state is not None:
+            self._resume(state)
+        arrays, first = (initial_arrays, 0) if state is None else (self.codec.encode(self.flat), self.server_round + 1)
         configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
-        return RoundLoop(self, grid, initial_arrays, num_rounds, timeout, *configs, evaluate_fn, on_round).run()
+        return RoundLoop(self, grid, arrays, num_rounds, timeout, *configs, evaluate_fn, on_round, first).run()
 
     # --- Parts ----------------------------------------------------------------------------------------------
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        """Take over a state that was saved, or refuse it by a StateError."""
+        try:
+            self.load_state_dict(state)
+            fits = self.flat.shape == self.codec.initial.shape and self.flat.dtype == torch.float32
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise StateError(f"The saved state is none of {type(self).__name__}: {error!r}.") from error
+        if not fits or self.server_round < 1:
+            raise StateError("The saved state is of another model, or of no round.")
 
     def _draw(self, server_round: int) -> list[str]:
         """Draw the cohort of a round from the clients that are there."""

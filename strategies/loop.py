@@ -44,11 +44,16 @@ class RoundLoop:
     evaluate_config: ConfigRecord = field(default_factory=ConfigRecord)
     evaluate_fn: EvaluateFn | None = None
     on_round: OnRound | None = None
+    first_round: int = 0
+    """Where to begin: 0, or behind the rounds of a strategy that goes on."""
 
     def run(self) -> Result:
-        """Run round 0, which finds the clients and evaluates the initial model, and all rounds after it."""
+        """Find the clients and run the rounds; round 0 evaluates the initial model."""
         result = Result(arrays=self.arrays)
-        for server_round in range(self.num_rounds + 1):
+        if 0 < self.first_round <= self.num_rounds:
+            self.strategy.report = RoundReport(self.first_round - 1)
+            self._wait_for_clients()
+        for server_round in range(self.first_round, self.num_rounds + 1):
             self.strategy.report = RoundReport(server_round)
             with self._timed("total"):
                 if server_round == 0:

@@ -11,7 +11,7 @@ from task.errors import ConfigError, did_you_mean
 from tools.simulation import run_config_pairs
 
 APP = Path(__file__).resolve().parents[1]
-KEYS = (*FIRST_CLASS_KEYS, "overrides")
+KEYS = (*FIRST_CLASS_KEYS, "resume", "overrides")
 
 
 def check_run(app: Path, run_config: Sequence[str], clients: int) -> None:

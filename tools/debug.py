@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as strategy=fedprox train.lr=3e-4")
     parser.add_argument("--clients", type=int, default=10, help="number of simulated clients")
     parser.add_argument("--run-config", type=Path, metavar="FILE", help="a TOML file with Flower's run config")
+    parser.add_argument("--resume", default="", metavar="RUN", help="folder of a run to go on with")
     arguments = parser.parse_args()
 
     from client_app.app import app
@@ -118,7 +119,7 @@ def main() -> None:
         given = {} if arguments.run_config is None else tomllib.loads(arguments.run_config.read_text(encoding="utf-8"))
         run = compose_run(given, arguments.overrides)
         check_clients(run.strategy, arguments.clients)
-        folder = run_federation(InProcessGrid(app, simulated_nodes(arguments.clients)), run)
+        folder = run_federation(InProcessGrid(app, simulated_nodes(arguments.clients)), run, arguments.resume)
     except PetalwiseError as error:
         sys.exit(f"The run stops: {error}")
     print(f"{folder} after {time.perf_counter() - began:.1f} s")

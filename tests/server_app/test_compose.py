@@ -103,7 +103,7 @@ def test_the_defaults_of_the_run_config_are_those_of_conf():
     config = OmegaConf.to_container(OmegaConf.load(CONF_FOLDER / "config.yaml"))
     chosen = [entry for entry in config.pop("defaults") if isinstance(entry, dict)]
     expected = {key: value for entry in [*chosen, config] for key, value in entry.items()}
-    assert set(declared) == {*FIRST_CLASS_KEYS, "overrides"}
+    assert set(declared) == {*FIRST_CLASS_KEYS, "resume", "overrides"}
     assert declared.pop("overrides") == ""
     assert {key: expected[key.replace("-", "_")] for key in declared} == declared
     assert compose_run({**declared, "overrides": ""}) == compose_run({})

@@ -30,7 +30,7 @@ from tests.strategies.scripted import (
 
 
 def test_a_folder_is_named_by_time_and_strategy_and_holds_the_config(tmp_path):
-    folder = RunFolder(tmp_path / "new" / "runs", "fedavg", "seed: 0\n")
+    folder = RunFolder.new(tmp_path / "new" / "runs", "fedavg", "seed: 0\n")
     assert folder.path.parent == tmp_path / "new" / "runs"
     assert re.fullmatch(r"\d{8}-\d{6}-fedavg", folder.path.name)
     assert (folder.path / "config.yaml").read_text() == "seed: 0\n"
@@ -39,7 +39,7 @@ def test_a_folder_is_named_by_time_and_strategy_and_holds_the_config(tmp_path):
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "20300101-000000")
-    folders = [RunFolder(tmp_path, "fedavg", f"run: {run}\n") for run in range(3)]
+    folders = [RunFolder.new(tmp_path, "fedavg", f"run: {run}\n") for run in range(3)]
     assert [folder.path.name for folder in folders] == [
         "20300101-000000-fedavg",
         "20300101-000000-fedavg-2",
@@ -50,18 +50,18 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
 
 def test_a_relative_parent_is_below_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert RunFolder(Path("runs"), "fedavg", "").path.parent == tmp_path / "runs"
+    assert RunFolder.new(Path("runs"), "fedavg", "").path.parent == tmp_path / "runs"
 
 
 def test_a_file_in_the_way_is_not_overwritten(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(ConfigError, match="runs_dir=.*cannot be written"):
-        RunFolder(tmp_path / "runs", "fedavg", "")
+        RunFolder.new(tmp_path / "runs", "fedavg", "")
     assert (tmp_path / "runs").read_text() == "a file"
 
 
 def test_every_line_of_the_metrics_is_one_round(tmp_path):
-    folder = RunFolder(tmp_path, "fedavg", "")
+    folder = RunFolder.new(tmp_path, "fedavg", "")
     reports = [
         RoundReport(0, central={"accuracy": 0.1, "loss": 2.3}),
         RoundReport(1, merged=True, clients_used=["a"], clients_dropped={"b": "said\n“no”"}, train_loss=0.5),
@@ -73,7 +73,7 @@ def test_every_line_of_the_metrics_is_one_round(tmp_path):
 
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path):
-    folder = RunFolder(tmp_path, "fedavg", "")
+    folder = RunFolder.new(tmp_path, "fedavg", "")
     folder.append(RoundReport(1, central={"accuracy": 0.5, "loss": float("nan")}, train_loss=float("inf")))
     (line,) = folder.metrics.read_text().splitlines()
     report = json.loads(line, parse_constant=pytest.fail)
@@ -110,7 +110,7 @@ def test_updates_and_signals_of_the_clients_used_are_kept_round_by_round(tmp_pat
     script = Script(values=lambda client, n, received: update_of(client, n), edit=edit, signals=signals)
     kind = STRATEGIES[name]
     strategy = kind(kind.Config(name=name), TaskContext("{}", LAYOUT, BASE, CLASSES, 0), keep_updates=True)
-    folder, models = RunFolder(tmp_path, name, ""), [final_flat(initial_arrays())]
+    folder, models = RunFolder.new(tmp_path, name, ""), [final_flat(initial_arrays())]
 
     def note(report):
         if report.merged:

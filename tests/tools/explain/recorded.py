@@ -22,7 +22,7 @@ def record_run(parent, clients=3, rounds=2, seed=0, overrides=(), edit=lambda se
     """Write a run of random updates and signals; ``edit`` may change a client's signals before they are written."""
     composed = compose_run({"strategy": "livar", "seed": seed}, [*TINY, *overrides])
     layout = layout_of(composed.settings, CLASSES)
-    folder = RunFolder(parent, "livar", composed.yaml)
+    folder = RunFolder.new(parent, "livar", composed.yaml)
     generator = torch.Generator().manual_seed(seed)
     for server_round in range(1, rounds + 1):
         received = 0.1 * torch.randn(layout.size, generator=generator)
