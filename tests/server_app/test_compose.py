@@ -104,7 +104,7 @@ def test_the_defaults_of_the_run_config_are_those_of_conf():
     chosen = [entry for entry in config.pop("defaults") if isinstance(entry, dict)]
     expected = {key: value for entry in [*chosen, config] for key, value in entry.items()}
     assert set(declared) == {*FIRST_CLASS_KEYS, "resume", "overrides"}
-    assert declared.pop("overrides") == ""
+    assert declared.pop("overrides") == declared.pop("resume") == ""
     assert {key: expected[key.replace("-", "_")] for key in declared} == declared
     assert compose_run({**declared, "overrides": ""}) == compose_run({})
 
