@@ -33,8 +33,9 @@ class RegMeanConfig(StrategyConfig):
 class RegMean(LayerwiseStrategy):
     """W* = argmin_W sum_m ||X_m W^T - X_m W_m^T||^2 for every adapted layer and the head, from G_m = X_m^T X_m.
 
-    The frozen weight drops out, so that for adapters sum_m B_m A_m G_m (sum_m G_m)^-1 is the solution; its best
-    factors of the adapter's rank are kept.
+    The frozen weight drops out, so that for adapters sum_m B_m A_m G_m (sum_m G_m)^-1 is the solution. Of the
+    adapter's rank those factors are kept whose outputs are nearest to its outputs on the clients' inputs: by the
+    nearest weights instead, directions that no input has would take the places of others.
 
     References
     ----------
@@ -78,8 +79,10 @@ class RegMean(LayerwiseStrategy):
             merged[part_of(layer.b)] = least_squares(b, grams).flatten().float()
             return 0.0
         a = [vector[part_of(layer.a)].view(layer.a.shape) for vector in vectors]
-        projected = _right_divided(torch.cat([x.double() @ g for x, g in zip(a, grams, strict=True)]), grams)
-        new_a, new_b, residual = product_svd(projected.split(layer.a.shape[0]), b, [1.0] * len(b))
+        root, mean = gram_root(grams)
+        seen = [_solved(root.T, x.double() @ (g / mean), upper=True) for x, g in zip(a, grams, strict=True)]
+        outputs_a, new_b, residual = product_svd(seen, b, [1.0] * len(b))
+        new_a = _solved(root, outputs_a.double(), upper=False).float()
         merged[part_of(layer.a)], merged[part_of(layer.b)] = new_a.flatten(), new_b.flatten()
         return float(residual)
 
@@ -125,6 +128,42 @@ def least_squares(weights: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
     for w, g in zip(weights, grams, strict=True):
         numerator.addmm_(w.double(), g)
     return _right_divided(numerator, grams)
+
+
+def gram_root(grams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return L with L L^T = sum_m G_m / g, g being the mean of the diagonal: ||W L||_F is the size of W's outputs.
+
+    Parameters
+    ----------
+    grams : Sequence[Tensor], float64, each [in, in]
+        G_m, symmetric. Where their sum is not positive definite, as no inputs can make it, the ridge is raised.
+
+    Returns
+    -------
+    Tensor, float64, [in, in]
+        L, lower triangular; the identity where no client had any input.
+    Tensor, float64, []
+        g; 1 where no client had any input.
+    """
+    total = torch.zeros_like(grams[0])
+    for gram in grams:
+        total.add_(gram)
+    mean = total.diagonal().mean()
+    eye = torch.eye(len(total), dtype=torch.float64)
+    if not mean > 0:
+        return eye, torch.ones_like(mean)
+    total /= mean
+    ridge = RIDGE
+    while True:
+        root, failed = torch.linalg.cholesky_ex(total + ridge * eye)
+        if not failed:
+            return root, mean
+        ridge *= 10
+
+
+def _solved(root: Tensor, right: Tensor, *, upper: bool) -> Tensor:
+    """Return X with X root = right, root being triangular."""
+    return torch.linalg.solve_triangular(root, right, upper=upper, left=False)
 
 
 def _right_divided(numerator: Tensor, grams: Sequence[Tensor]) -> Tensor:

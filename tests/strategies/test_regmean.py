@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies import RegMean, RegMeanConfig, TaskContext
-from strategies.regmean import least_squares
+from strategies.regmean import gram_root, least_squares
 from task.arrays import FLAT, flat_to_array
 from task.signals import signal_layout
 from task.units import make_layout
@@ -121,15 +121,27 @@ def test_where_clients_share_a_and_the_rank_allows_it_the_solution_is_exact():
     assert report.details["product_residual"][0] < 1e-5
 
 
-def test_beyond_the_rank_the_best_factors_of_the_solution_are_kept():
+def test_beyond_the_rank_the_factors_are_kept_whose_outputs_are_nearest():
     merged, report = run(NARROW, off_diagonal=1.0)
-    clients = [update_of(name, NARROW)[1] for name in NAMES]
-    dense = solved([client[B] @ client[A] for client in clients], [gram_of(name, 6) for name in NAMES])
-    singular = np.linalg.svd(dense, compute_uv=False)
-    missed, least = np.linalg.norm(dense - merged[B] @ merged[A]), np.linalg.norm(singular[2:])
+    clients, grams = [update_of(name, NARROW)[1] for name in NAMES], [gram_of(name, 6) for name in NAMES]
+    dense = solved([client[B] @ client[A] for client in clients], grams)
+    root = np.linalg.cholesky(sum(grams))
+    singular = np.linalg.svd(dense @ root, compute_uv=False)
+    missed, least = np.linalg.norm((dense - merged[B] @ merged[A]) @ root), np.linalg.norm(singular[2:])
     assert least > 0.1
     assert missed == pytest.approx(least, rel=1e-4)
-    assert report.details["product_residual"] == [pytest.approx(least / np.linalg.norm(dense), abs=2e-6)]
+    assert report.details["product_residual"] == [pytest.approx(least / np.linalg.norm(dense @ root), abs=2e-6)]
+
+
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31))
+def test_a_sum_that_no_inputs_can_make_has_a_root_all_the_same(width, negative, seed):
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=(width, width))
+    gram = torch.from_numpy(values @ values.T - negative * np.eye(width))
+    root, mean = gram_root([gram, gram])
+    assert bool(torch.isfinite(root).all())
+    if negative == 0:
+        np.testing.assert_allclose((root @ root.T * mean).numpy(), 2 * gram.numpy(), atol=1e-4 * float(mean) + 1e-9)
 
 
 def test_elements_off_the_diagonal_are_scaled_down():
