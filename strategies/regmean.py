@@ -163,7 +163,8 @@ def gram_root(grams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 def _solved(root: Tensor, right: Tensor, *, upper: bool) -> Tensor:
     """Return X with X root = right, root being triangular."""
-    return torch.linalg.solve_triangular(root, right, upper=upper, left=False)
+    found: Tensor = torch.linalg.solve_triangular(root, right, upper=upper, left=False)
+    return found
 
 
 def _right_divided(numerator: Tensor, grams: Sequence[Tensor]) -> Tensor:
