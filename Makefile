@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo debug explain lint types test test-quick clean
+.PHONY: help setup demo debug check-node explain certificates node-key lint types test test-quick test-faults clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -28,8 +28,17 @@ demo: $(STAMP) ## Fine-tune a ViT over 10 simulated clients through flwr run, in
 debug: $(STAMP) ## Run the app in one process without Ray: make debug ARGS="strategy=fedprox".
 	$(BIN)/python -m tools.debug $(ARGS)
 
+check-node: $(STAMP) ## Check a node's own data without joining: make check-node DATA=/srv/images [NODE_CONFIG=...] [ARGS=...].
+	@$(BIN)/python -m tools.check_node $(if $(DATA),--data '$(DATA)') $(if $(NODE_CONFIG),--node-config '$(NODE_CONFIG)') $(ARGS)
+
 explain: $(STAMP) ## Derive a merge table from recorded runs: make explain RUNS="runs/a runs/b" [OUT=folder] [ARGS=...].
 	$(BIN)/python -m tools.explain $(RUNS) --out $(or $(OUT),runs/explain) $(ARGS)
+
+certificates: $(STAMP) ## Make a CA and the SuperLink's certificate: make certificates HOSTS="superlink.example.org 10.0.0.5" [OUT=deploy/keys].
+	@$(BIN)/python -m tools.certificates $(HOSTS) $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+node-key: $(STAMP) ## Make a SuperNode's key pair: make node-key NAME=site-1 [OUT=deploy/keys].
+	@$(BIN)/python -m tools.node_key '$(NAME)' $(if $(OUT),--out '$(OUT)')
 
 lint: $(STAMP) ## Check style, formatting and the direction of imports.
 	$(BIN)/ruff check .
@@ -39,7 +48,7 @@ lint: $(STAMP) ## Check style, formatting and the direction of imports.
 types: $(STAMP) ## Check types.
 	$(BIN)/mypy
 
-tests test-quick: export OMP_NUM_THREADS := 1
+tests test-quick test-faults: export OMP_NUM_THREADS := 1
 
 test: $(STAMP) ## Run all checks and all tests, three at a time (those marked gpu or data where they can run).
 	@$(MAKE) --no-print-directory -j 2 lint types tests
@@ -50,6 +59,9 @@ tests: $(STAMP)
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
 	$(BIN)/pytest -m "not slow and not e2e"
+
+test-faults: $(STAMP) ## Run the tests that kill, freeze and spoil real processes: some 15 minutes.
+	$(BIN)/pytest -m faults
 
 clean: ## Remove the environment and caches; run folders stay.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .flwr build dist *.egg-info

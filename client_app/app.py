@@ -13,8 +13,9 @@ from flwr.common.constant import ErrorCode
 from client_app.exchanging import Exchanger
 from client_app.kept import Keeper
 from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
+from client_app.node import Node, node_name
 from client_app.training import TrainOutcome, train
-from client_app.worker import Node, Worker, worker_for, worker_name
+from client_app.worker import Worker, worker_for, worker_name
 from task.arrays import FLAT, flat_to_array
 from task.data.batches import train_batches
 from task.errors import MessageError, PetalwiseError
@@ -51,11 +52,10 @@ def explained_to_server(handler: Handler) -> Handler:
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Answer with this client's name and the hash of its frozen weights, or with why it cannot take part."""
-    answer: dict[str, str] = {"client": str(context.node_id)}
+    answer: dict[str, str] = {"client": node_name(context.node_config, context.node_id)}
     try:
         node = Node.from_config(context.node_config, context.node_id)
-        answer["client"] = node.name
-        worker = worker_for(text_field(received_config(message), "task"), node.data, node.backbones)
+        worker = worker_for(text_field(received_config(message), "task"), node.data, node.backbones, node.own)
         worker.client_data(node)
         answer |= {
             "base": worker.model.base,
@@ -131,7 +131,7 @@ def _prepare(message: Message, context: Context) -> tuple[Node, Worker, Instruct
     """Find this process's worker for what the message asks."""
     instruction = Instruction.from_record(received_config(message))
     node = Node.from_config(context.node_config, context.node_id)
-    worker = worker_for(instruction.task, node.data, node.backbones)
+    worker = worker_for(instruction.task, node.data, node.backbones, node.own)
     layout = worker.model.layout
     if instruction.layout != layout.digest:
         raise MessageError("The server's adapter has another layout than this client's (rank, targets or classes).")

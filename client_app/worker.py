@@ -4,96 +4,32 @@ import hashlib
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from logging import WARNING
+from logging import INFO, WARNING
 from pathlib import Path
 
 import numpy as np
 import torch
 from flwr.common.logger import log
 
-from client_app.kept import state_folder
+from client_app.node import EVERYTHING_AS_FEDERATION, Node, OwnSettings, partition_of
 from client_app.training import make_optimizer
-from task.backbone import backbone_folder, resolved
+from task.backbone import resolved
 from task.config import TaskConfig, task_from_json
 from task.data.batches import Normaliser
 from task.data.images import ImageSet, decode
 from task.data.partitions import local_split, partition_indices
 from task.data.sampling import labels_of
-from task.data.sources import load_split, node_location
+from task.data.sources import load_split
 from task.device import choose_device
-from task.errors import DataError, PetalwiseError
+from task.errors import PetalwiseError
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
 
 MAX_KEPT_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
 """Memory for decoded images in one process, an eighth of the machine's; beyond it, the client whose turn was longest
 ago is decoded anew."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A client's own view of itself, from its node config."""
-
-    name: str
-    """Stable identity: the node's own name, else its partition id, else Flower's node id."""
-    partition_id: str
-    """Index of its partition, as its node config gives it; empty where the node has data of its own."""
-    num_partitions: str
-    """Number of partitions, likewise."""
-    data: Path | None
-    """Where its data lies, for data sets that lie on disk."""
-    backbones: Path | None
-    """Where its backbone files lie."""
-    state: Path
-    """Where it keeps what it needs in later rounds."""
-
-    @staticmethod
-    def from_config(node_config: Mapping[str, object], node_id: int) -> "Node":
-        """Read a Flower node config."""
-        partition_id = str(node_config.get("partition-id", ""))
-        return Node(
-            name=str(node_config.get("name", partition_id or node_id)),
-            partition_id=partition_id,
-            num_partitions=str(node_config.get("num-partitions", "")),
-            data=node_location(node_config),
-            backbones=backbone_folder(node_config),
-            state=state_folder(node_config),
-        )
-
-
-def partition_of(node: Node, kind: str) -> tuple[int, int]:
-    """Say which partition of how many a node has.
-
-    Parameters
-    ----------
-    node : Node
-        The node; where it names no partition, all its data is one.
-    kind : str
-        The task's ``partition.kind``; with ``whole``, all its data is one whatever it names.
-
-    Returns
-    -------
-    tuple of int
-        Index and number of partitions.
-
-    Raises
-    ------
-    DataError
-        If the node config names no partition that there is.
-    """
-    given = (node.partition_id, node.num_partitions)
-    if kind == "whole" or given == ("", ""):
-        return 0, 1
-    if not all(text.isdecimal() for text in given) or not int(given[0]) < int(given[1]):
-        shown = [f"{text!r}" if text else "(not set)" for text in given]
-        raise DataError(
-            f"The node config has partition-id={shown[0]} and num-partitions={shown[1]}; give both as whole "
-            "numbers, 0 <= partition-id < num-partitions, or neither."
-        )
-    return int(given[0]), int(given[1])
 
 
 @dataclass(frozen=True)
@@ -120,12 +56,17 @@ class Worker:
         The task.
     data, backbones : Path, optional
         Where this node's data and backbone files lie.
+
+    Attributes
+    ----------
+    dataset : datasets.Dataset
+        The images that this node reads, of all partitions.
     """
 
     def __init__(self, task: TaskConfig, data: Path | None, backbones: Path | None) -> None:
         self.task = replace(task, backbone=resolved(task.backbone))
-        self._backbones = backbones
-        self._dataset = load_split(task.dataset, "train", data, derive_seed(task.seed, "dataset"))
+        self._data, self._backbones = data, backbones
+        self.dataset = load_split(task.dataset, "train", data, derive_seed(task.seed, "dataset"))
         self._clients: OrderedDict[Node, ClientData] = OrderedDict()
         self._partitions: dict[int, list[np.ndarray] | PetalwiseError] = {}
 
@@ -137,12 +78,12 @@ class Worker:
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in order of the head's outputs."""
-        return list(self._dataset.features["label"].names)
+        return list(self.dataset.features["label"].names)
 
     @cached_property
     def model(self) -> AdaptedModel:
         """The model; a message only copies values into it."""
-        model = build_model(self.task, len(self._dataset.features["label"].names), self._backbones)
+        model = build_model(self.task, len(self.dataset.features["label"].names), self._backbones)
         model.to(self.device)
         return model
 
@@ -173,27 +114,25 @@ class Worker:
 
     @cached_property
     def _labels(self) -> np.ndarray:
-        return labels_of(self._dataset)
+        return labels_of(self.dataset)
 
     def _load(self, node: Node) -> ClientData:
-        seed, dataset = self.task.seed, self._dataset
+        seed, dataset, device = self.task.seed, self.dataset, self.device
         index, count = partition_of(node, self.task.partition.kind)
         mine = self._partition(count)[index]
         split_seed = derive_seed(seed, "split", node.name)
         fraction = self.task.dataset.client_test_fraction
         train, test = local_split(mine, self._labels, fraction, split_seed)
         size = self.task.backbone.image_size
-        return ClientData(
-            train=decode(dataset.select(train), size).to(self.device),
-            test=decode(dataset.select(test), size).to(self.device),
-        )
+        both = decode(dataset.select(np.concatenate([train, test])), size, self._data).to(device)
+        return ClientData(train=both.part(0, len(train)), test=both.part(len(train), len(both)))
 
     def _partition(self, count: int) -> list[np.ndarray]:
         """Draw the partition once; one that cannot be had is refused to every client alike, without another draw."""
         if count not in self._partitions:
             seed = derive_seed(self.task.seed, "partition")
             try:
-                self._partitions[count] = partition_indices(self._dataset, self.task.partition, count, seed)
+                self._partitions[count] = partition_indices(self.dataset, self.task.partition, count, seed)
             except PetalwiseError as error:
                 self._partitions[count] = error
         found = self._partitions[count]
@@ -203,15 +142,21 @@ class Worker:
 
 
 @lru_cache(maxsize=1)
-def worker_for(task_json: str, data: Path | None, backbones: Path | None) -> Worker:
-    """Return this process's worker for a task, built at the first call.
+def worker_for(
+    task_json: str, data: Path | None, backbones: Path | None, own: OwnSettings = EVERYTHING_AS_FEDERATION
+) -> Worker:
+    """Return this process's worker for a task as a node does it, built at the first call.
 
     Raises
     ------
     PetalwiseError
         If task, data or model cannot be had.
     """
-    return Worker(task_from_json(task_json), data, backbones)
+    given = task_from_json(task_json)
+    task = own.applied(given)
+    if task.train.batch_size < given.train.batch_size:
+        log(INFO, "Batches of %d images, not %d (batch-size).", task.train.batch_size, given.train.batch_size)
+    return Worker(task, data, backbones)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Errors that a person is meant to read: what was wrong, where, and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PetalwiseError(Exception):
@@ -36,3 +36,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Suggest the choice nearest to a mistyped word, as a sentence with a blank before it; empty if none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def shortened(items: Sequence[str], most: int = 5) -> str:
+    """Join the first items by commas and say how many more there are."""
+    more = len(items) - most
+    return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")

@@ -42,7 +42,7 @@ def node_folder(node_config: Mapping[str, object], key: str, variable: str) -> P
     if not named:
         return None
     folder = Path(named).expanduser().absolute()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike Path.is_dir also where its parent may not be read
         log(ERROR, "%s is no folder.", folder)
         origin = f'the node config\'s key "{key}"' if node_config.get(key) else f"the environment's {variable}"
         raise DataError(f"There is no folder '{folder.name}' on this node where {origin} says; correct it.")
@@ -56,4 +56,9 @@ def reason_of(error: BaseException) -> str:
     """
     told = str(error).strip() or type(error).__name__
     log(ERROR, "%s", told)
-    return _FOLDERS.sub("", told.replace("file://", ""))
+    return without_folders(told)
+
+
+def without_folders(text: str) -> str:
+    """Leave only the last part of every path in a text."""
+    return _FOLDERS.sub("", text.replace("file://", ""))

@@ -1,23 +1,30 @@
 """Decode images once into one uint8 tensor."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from logging import ERROR
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from flwr.common.logger import log
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from task.data.sampling import labels_of
-from task.errors import DataError
-from task.folders import reason_of
+from task.data.sampling import ROW, labels_of
+from task.errors import DataError, shortened
+from task.folders import without_folders
 from task.torchvision_mend import mend_torchvision
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+MAX_TOLD = 3
+"""So many of the images that cannot be read are named to the server; the reasons of all would be too long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +50,12 @@ class ImageSet:
         """Copy both tensors to a device, unless they are there."""
         return ImageSet(self.images.to(device), self.labels.to(device))
 
+    def part(self, start: int, end: int) -> "ImageSet":
+        """Take the images from ``start`` to before ``end``; the memory is shared."""
+        return ImageSet(self.images[start:end], self.labels[start:end])
 
-def decode(dataset: "Dataset", image_size: int) -> ImageSet:
+
+def decode(dataset: "Dataset", image_size: int, root: Path | None = None) -> ImageSet:
     """Decode every image: RGB, shorter side resized to ``image_size`` (bicubic), centre cropped to a square.
 
     Parameters
@@ -54,6 +65,8 @@ def decode(dataset: "Dataset", image_size: int) -> ImageSet:
         per pixel are scaled to 8, the camera's orientation is applied.
     image_size : int
         Side of the result, pixels.
+    root : Path, optional
+        Folder of the data, from which errors name files.
 
     Returns
     -------
@@ -63,7 +76,7 @@ def decode(dataset: "Dataset", image_size: int) -> ImageSet:
     Raises
     ------
     DataError
-        If an image cannot be read, naming its row and file.
+        If images cannot be read: how many, and the first by file or row. The log has them all.
     """
     from datasets import Image as ImageFeature
 
@@ -71,16 +84,35 @@ def decode(dataset: "Dataset", image_size: int) -> ImageSet:
     images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
     pixels = images.numpy()  # the same memory; small copies by torch would each wake its threads
     stored = dataset.select_columns(["image"]).cast_column("image", ImageFeature(decode=False))
+    failures = []
     for row, record in enumerate(stored):
         try:
-            pixels[row] = np.asarray(to_square(_to_rgb(_open(record["image"])))).transpose(2, 0, 1)
+            pixels[row] = np.asarray(to_square(_to_rgb(open_stored(record["image"])))).transpose(2, 0, 1)
         except Exception as error:  # Pillow's decoders raise dozens of unrelated types on broken files
-            path = (record["image"] or {}).get("path")
-            name = Path(path).name if path else "stored in the table"
-            raise DataError(
-                f"Image {row} of {len(dataset)} ({name}) could not be read: {reason_of(error)}. Repair or remove it."
-            ) from error
+            failures.append(f"{_name(dataset, row, record['image'], root)} ({_reason(error)})")
+    if failures:
+        failures.sort()
+        log(ERROR, "Images that could not be read:\n%s", "\n".join(failures))
+        raise DataError(
+            f"{len(failures)} of {len(dataset)} images could not be read: {shortened(failures, MAX_TOLD)}. "
+            "Repair or remove them."
+        )
     return ImageSet(images, torch.from_numpy(labels_of(dataset)))
+
+
+def _name(dataset: "Dataset", row: int, stored: dict[str, Any] | None, root: Path | None) -> str:
+    """Name an image by its file inside the data folder, or by its row, from 0, in all parquet files of the split."""
+    path = (stored or {}).get("path")
+    if path and (stored or {}).get("bytes") is None:
+        return os.path.relpath(path, root) if root and Path(path).is_relative_to(root) else Path(path).name
+    stored_row = dataset.select_columns([ROW])[row][ROW] if ROW in dataset.column_names else row
+    return f"row {stored_row}" + (f", {Path(path).name}" if path else "")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a kind that Pillow cannot read"
+    return without_folders(str(error).strip() or type(error).__name__)
 
 
 def _square_transform(image_size: int) -> Callable[[Image.Image], Image.Image]:
@@ -92,15 +124,15 @@ def _square_transform(image_size: int) -> Callable[[Image.Image], Image.Image]:
     return square
 
 
-def _open(stored: dict[str, Any] | None) -> Image.Image:
-    """Open a stored image: bytes, or a file on this machine (never an address)."""
+def open_stored(stored: dict[str, Any] | None) -> Image.Image:
+    """Open a stored image, without decoding it yet: bytes, or a file on this machine (never an address)."""
     if stored is None:
         raise ValueError("the row has no image")
-    image = Image.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-    return ImageOps.exif_transpose(image)
+    return Image.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from task.config import PartitionConfig
-from task.data.sampling import labels_of, stratified_sample
+from task.data.sampling import ROW, labels_of, stratified_sample
 from task.errors import ConfigError, DataError
 from task.seeding import derive_seed
 
@@ -121,7 +121,7 @@ def _natural(dataset: "Dataset", config: PartitionConfig, num_partitions: int) -
 
 def _column_values(dataset: "Dataset", config: PartitionConfig) -> list[Any]:
     """Read the column that separates the clients, or refuse it."""
-    columns = [column for column in dataset.column_names if column != "image"]
+    columns = [column for column in dataset.column_names if column not in ("image", ROW)]
     if config.column not in columns:
         raise ConfigError(f"partition.column={config.column!r} is not a column of the data: {', '.join(columns)}.")
     values = dataset[config.column][:]
@@ -245,6 +245,11 @@ def _apply(partitioner: "Partitioner", rows: Indices, keys: Any, num_partitions:
 
 def _check_sizes(partitions: Sequence[Indices], config: PartitionConfig) -> None:
     sizes = [len(indices) for indices in partitions]
+    if config.kind == "whole" and sizes[0] < config.min_samples:
+        raise ConfigError(
+            f"This node has {sizes[0]} images, fewer than partition.min_samples={config.min_samples}; add images, or "
+            "lower partition.min_samples for the whole federation."
+        )
     if min(sizes) < config.min_samples:
         raise ConfigError(
             f"The {config.kind} partition leaves a client {min(sizes)} images, fewer than partition.min_samples="

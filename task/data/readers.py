@@ -1,5 +1,6 @@
 """Read one split as it is stored: a package's own data, a hub data set, parquet files, or a folder per class."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,8 @@ def read_split(config: DatasetConfig, split: str, location: Path | None) -> data
             f"The data set '{config.name}' (source {config.source}) lies on each node, and this node does not say "
             f'where: set the node\'s own config data="/path" or the environment variable PETALWISE_DATA.'
         )
-    elif config.source == "parquet":
-        dataset = _read_parquet(split, location)
     else:
-        dataset = _read_folder(config, split, location)
+        dataset = _read_local(config, split, location)
     if len(dataset) == 0:
         raise DataError(f"The split '{split}' of the data set '{config.name}' has no images.")
     return dataset
@@ -72,6 +71,13 @@ def _read_hub(config: DatasetConfig, split: str) -> datasets.Dataset:
     if not _HUB_REPOSITORY.fullmatch(config.path) or Path(config.path).exists():
         raise ConfigError(f"dataset.path={config.path!r} must name a hub data set as owner/name, and no local folder.")
     return _loaded(f"The split '{split}' of the hub data set {config.path}", config.path, split=split)
+
+
+def _read_local(config: DatasetConfig, split: str, location: Path) -> datasets.Dataset:
+    try:
+        return _read_parquet(split, location) if config.source == "parquet" else _read_folder(config, split, location)
+    except OSError as error:
+        raise DataError(f"The data folder '{location.name}' cannot be read: {reason_of(error)}.") from error
 
 
 def _read_parquet(split: str, location: Path) -> datasets.Dataset:
@@ -101,7 +107,7 @@ def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.
     splits = [location / name for name in (config.train_split, config.test_split) if name]
     parents = {folder, *(path for path in splits if path.is_dir())}
     names = sorted({path.name for parent in parents for path in parent.iterdir() if _is_class(path)})
-    files = {name: sorted(path for path in (folder / name).rglob("*") if _is_image(path)) for name in names}
+    files = {name: _images_in(folder / name) for name in names}
     images = [str(path) for paths in files.values() for path in paths]
     if not images:
         raise DataError(
@@ -124,6 +130,35 @@ def _class_root(config: DatasetConfig, split: str, location: Path) -> Path:
         f"The data folder '{location.name}' has no folder '{split}'; correct dataset.train_split or dataset.test_split "
         f"(an empty test_split holds out a part of the training images)."
     )
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """List a class's images, those of folders inside it too; none where there is no such folder.
+
+    Not by ``Path.rglob``, which passes over folders that it may not read.
+    """
+    if not folder.exists():
+        return []
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [path for path in map(Path(parent).joinpath, files) if _is_image(path)]
+    undecodable = next((path.name for path in found if not _is_utf8(str(path))), None)
+    if undecodable is not None:
+        raise DataError(f"The name of the file {undecodable!r} of class '{folder.name}' is not UTF-8; rename it.")
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_class(path: Path) -> bool:

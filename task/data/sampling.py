@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+ROW = "__row__"
+"""Column with the rows of images in the table that they were read from, by which errors name them."""
+
+
 def labels_of(dataset: "Dataset") -> NDArray[np.int64]:
     """Read the class of every image without decoding one.
 

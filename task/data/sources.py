@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from task.config import DatasetConfig
 from task.data.readers import read_split
-from task.data.sampling import labels_of, stratified_sample
-from task.errors import ConfigError, DataError
+from task.data.sampling import ROW, labels_of, stratified_sample
+from task.errors import ConfigError, DataError, did_you_mean, shortened
 from task.folders import node_folder
 
 DATA_VARIABLE = "PETALWISE_DATA"
@@ -109,12 +109,10 @@ def _in_common_form(
     for key, column in (("image_column", config.image_column), ("label_column", config.label_column)):
         if column not in raw.column_names:
             raise DataError(
-                f"The split '{split}' of '{config.name}' has no column '{column}' (dataset.{key}); "
-                f"its columns are: {', '.join(raw.column_names)}."
+                f"The split '{split}' of '{config.name}' has no column '{column}' (dataset.{key}, or "
+                f"{key.replace('_', '-')} in the node config); its columns are: {', '.join(raw.column_names)}."
             )
     codes, names = _classes(raw, config, split, location)
-    if config.classes and config.other_classes == "leave_out":
-        raw, codes = _without_others(raw, codes, config, split)
     replaced = {"image", "label", config.label_column} - {config.image_column}
     dataset = raw.remove_columns([column for column in raw.column_names if column in replaced])
     if config.image_column != "image":
@@ -126,17 +124,21 @@ def _in_common_form(
         raise DataError(f"The column '{config.image_column}' of '{config.name}' is {kind}, not images.") from error
     if config.source != "folder":
         _require_bytes(dataset, config)
-    return dataset.add_column("label", codes, feature=datasets.ClassLabel(names=names))
+        dataset = dataset.add_column(ROW, np.arange(len(dataset)))
+    dataset = dataset.add_column("label", codes, feature=datasets.ClassLabel(names=names))
+    return _without_others(dataset, codes, config, split)
 
 
 def _without_others(
-    raw: datasets.Dataset, codes: NDArray[np.int64], config: DatasetConfig, split: str
-) -> tuple[datasets.Dataset, NDArray[np.int64]]:
+    dataset: datasets.Dataset, codes: NDArray[np.int64], config: DatasetConfig, split: str
+) -> datasets.Dataset:
     """Leave out the rows whose class is none of ``dataset.classes``, which have the code -1."""
+    if not config.classes or config.other_classes != "leave_out":
+        return dataset
     rows = np.flatnonzero(codes >= 0)
     if not len(rows):
         raise DataError(f"The split '{split}' of '{config.name}' has no image of the classes in dataset.classes.")
-    return raw.select(rows), codes[rows]
+    return dataset.select(rows)
 
 
 def _require_bytes(dataset: datasets.Dataset, config: DatasetConfig) -> None:
@@ -207,6 +209,9 @@ def _renumbered(
     """Follow the order of ``dataset.classes``; classes without images may be missing from the data, not the reverse."""
     unknown = [names[code] for code in np.unique(codes) if names[code] not in config.classes]
     if unknown and config.other_classes == "refuse":
-        raise DataError(f"'{config.name}' has images of classes that dataset.classes lacks: {', '.join(unknown)}.")
+        raise DataError(
+            f"'{config.name}' has images of classes that dataset.classes lacks: {shortened(unknown)}."
+            f"{did_you_mean(unknown[0], config.classes)}"
+        )
     order = [config.classes.index(name) if name in config.classes else -1 for name in names]
     return np.asarray(order, dtype=np.int64)[codes], list(config.classes)

@@ -5,7 +5,8 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from client_app.app import app
-from client_app.worker import Node, worker_for
+from client_app.node import Node
+from client_app.worker import worker_for
 from server_app.compose import compose_run
 from task.arrays import FLAT, flat_to_array
 from task.config import task_to_json
@@ -68,6 +69,17 @@ def test_says_who_it_is(grid, model):
 def test_a_nodes_own_name_wins():
     assert Node.from_config({"name": "site-1", "partition-id": 3, "num-partitions": 4}, 99).name == "site-1"
     assert Node.from_config({}, 99).name == "99"
+
+
+def test_a_node_trains_with_its_own_batch_size(model):
+    def steps(config):
+        grid = InProcessGrid(app, [config])
+        return ask(grid, 1, MessageType.TRAIN, content(model)).content[METRICS]["steps"]
+
+    config = simulated_nodes(3)[0]
+    assert steps(config) == 2 * 4
+    assert steps(config | {"batch-size": 4}) == 2 * 8
+    assert steps(config | {"batch-size": 400}) == 2 * 4
 
 
 def test_same_round_same_bits_and_other_round_other_bits(grid, model):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from client_app import worker as worker_module
-from client_app.worker import Node, Worker, partition_of
-from task.config import BackboneConfig, DatasetConfig, PartitionConfig
+from client_app.node import Node, partition_of
+from client_app.worker import Worker, worker_for
+from task.config import BackboneConfig, DatasetConfig, PartitionConfig, task_to_json
 from task.errors import DataError, ModelError, PetalwiseError
 
 
@@ -24,12 +25,6 @@ def task(tiny_task):
 @pytest.fixture
 def worker(task):
     return Worker(task, None, None)
-
-
-def test_a_node_is_named_by_itself_its_partition_or_flower():
-    assert node(name="site", partition_id=3).name == "site"
-    assert node(partition_id=0, num_partitions=2).name == "0"
-    assert node().name == "99"
 
 
 @pytest.mark.parametrize(
@@ -49,11 +44,6 @@ def test_a_partition_that_there_is_not_is_refused_by_the_keys(worker, node_confi
     with pytest.raises(DataError, match=r"node config has partition-id=.* and num-partitions=.* whole numbers"):
         worker.client_data(node(**node_config))
     assert partition_of(node(**node_config), "whole") == (0, 1)
-
-
-def test_partitions_are_taken_as_they_are_given():
-    assert partition_of(node(partition_id=3, num_partitions="4"), "iid") == (3, 4)
-    assert partition_of(node(), "iid") == (0, 1)
 
 
 def test_with_whole_a_node_has_all_its_data_whatever_its_partition(task):
@@ -116,3 +106,13 @@ def test_a_partition_that_cannot_be_had_is_drawn_once_for_all_clients(task, monk
         with pytest.raises(PetalwiseError, match="min_samples"):
             worker.client_data(node(partition_id=index, num_partitions=3))
     assert len(draws) == 1
+
+
+def test_a_node_trains_within_its_own_limits(task):
+    small = node(name="a", batch_size=3, device="cpu").own
+    worker = worker_for(task_to_json(task), None, None, small)
+    assert worker.task.train.batch_size == 3
+    assert worker.device.type == "cpu"
+    assert worker_for(task_to_json(task), None, None, small) is worker
+    other = worker_for(task_to_json(task), None, None)
+    assert other.task.train.batch_size == task.train.batch_size

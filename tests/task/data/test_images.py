@@ -12,7 +12,7 @@ from PIL import Image
 
 from task.config import DatasetConfig
 from task.data.images import ImageSet, decode
-from task.data.sampling import labels_of
+from task.data.sampling import ROW, labels_of
 from task.data.sources import load_split
 from task.errors import DataError
 
@@ -108,20 +108,52 @@ def test_the_orientation_of_the_camera_is_applied():
     assert decoded(Image.fromarray(pixels), exif=exif)[:, -1].min() == 255
 
 
-def test_an_unreadable_image_is_named_by_row_and_file(tmp_path):
-    good, broken = tmp_path / "good.png", tmp_path / "broken.png"
-    good.write_bytes(encoded(flat("RGB", (1, 2, 3))))
-    broken.write_bytes(encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)))[:500])
-    with pytest.raises(DataError, match=r"Image 1 of 2 \(broken.png\) could not be read") as caught:
-        decode(dataset_of(str(good), str(broken)), 8)
-    assert str(tmp_path) not in str(caught.value)
-    with pytest.raises(DataError, match=r"Image 0 of 1 \(gone.png\) could not be read: .*'gone.png'") as caught:
-        decode(dataset_of(str(tmp_path / "gone.png")), 8)
-    assert str(tmp_path) not in str(caught.value)
-    with pytest.raises(DataError, match=r"Image 2 of 3 \(stored in the table\) could not be read: cannot identify"):
-        decode(dataset_of(str(good), str(good), b"text"), 8)
-    with pytest.raises(DataError, match="the row has no image"):
+@pytest.fixture
+def files(tmp_path):
+    """A good picture, one that ends in the middle, and a text that is called a picture, in folders of classes."""
+    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)))
+    contents = {"cat/good.png": whole, "cat/cut.png": whole[:500], "dog/a day/text.png": b"text"}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_unreadable_images_are_all_found_and_named_by_file(files):
+    names = ["cat/good.png", "cat/cut.png", "dog/a day/text.png", "gone.png"]
+    with pytest.raises(DataError) as caught:
+        decode(dataset_of(*(str(files / name) for name in names)), 8, files)
+    told = str(caught.value)
+    assert told.startswith("3 of 4 images could not be read: cat/cut.png (image file is truncated")
+    assert "dog/a day/text.png (not an image, or of a kind that Pillow cannot read), gone.png (" in told
+    assert told.endswith("'gone.png'). Repair or remove them.")
+    assert str(files) not in told
+
+
+def test_of_many_unreadable_images_the_first_are_named(files, caplog):
+    with pytest.raises(DataError, match=r"^9 of 9 .* and 6 more\. Repair"):
+        decode(dataset_of(*[str(files / "cat/cut.png")] * 9), 8, files)
+    with pytest.raises(DataError, match=r": cut\.png \("):
+        decode(dataset_of(str(files / "cat/cut.png")), 8)
+
+
+def test_an_unreadable_image_of_a_table_is_named_by_its_row_there():
+    good = encoded(flat("RGB", (1, 2, 3)))
+    with pytest.raises(DataError, match=r"1 of 3 images could not be read: row 2 \(not an image"):
+        decode(dataset_of(good, good, b"text"), 8)
+    with pytest.raises(DataError, match=r"row 0 \(the row has no image\)"):
         decode(dataset_of(None), 8)
+    named = {"bytes": b"text", "path": "folder/1.png"}
+    table = dataset_of(good, good, named, good).add_column(ROW, list(range(4)))
+    with pytest.raises(DataError, match=r"row 2, 1\.png \(not an image"):
+        decode(table.select([1, 2]), 8)
+
+
+def test_a_part_shares_the_memory():
+    data = ImageSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.arange(4))
+    part = data.part(1, 3)
+    assert part.labels.tolist() == [1, 2]
+    assert part.images.data_ptr() == data.images[1].data_ptr()
 
 
 def test_addresses_are_not_fetched():

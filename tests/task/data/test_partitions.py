@@ -186,7 +186,6 @@ def test_whole_leaves_every_client_everything():
     [
         (PartitionConfig(kind="iid"), balanced(2, 7), 4, "4, 4, 3, 3"),
         (PartitionConfig(kind="natural", column="domain", min_samples=4), balanced(2, 5), 3, "3, 3, 4"),
-        (PartitionConfig(kind="whole", min_samples=11), balanced(2, 5), 2, "10, 10"),
         (PartitionConfig(kind="pathological", classes_per_client=2, min_samples=12), balanced(2, 10), 2, "10, 10"),
     ],
 )
@@ -199,6 +198,11 @@ def test_too_small_clients_are_refused_with_all_sizes(config, labels, clients, s
     assert f"partition.min_samples={config.min_samples}" in message
     listed = message.split("images per client: ")[1].split(".")[0].split(", ")
     assert sorted(listed) == sorted(sizes.split(", "))
+
+
+def test_a_node_with_too_few_images_of_its_own_is_refused():
+    with pytest.raises(ConfigError, match=r"This node has 10 images, fewer than partition\.min_samples=11; add images"):
+        partition_indices(table(balanced(2, 5)), PartitionConfig(kind="whole", min_samples=11), 2, seed=0)
 
 
 def test_a_hopeless_dirichlet_is_refused_with_sizes_and_no_warnings():

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from task.config import DatasetConfig, PartitionConfig, typed
-from task.data.sampling import labels_of
+from task.data.sampling import ROW, labels_of
 from task.data.sources import load_split, node_location
 from task.errors import ConfigError, DataError
 
@@ -117,7 +117,7 @@ def test_hub_configs_fit_the_schema_of_their_data(name, tmp_path, write_parquet,
     monkeypatch.setattr(datasets, "load_dataset", load_copy)
     train, test = (load_split(config, role, None, seed=0) for role in ("train", "test"))
     assert_common_form(train)
-    assert set(train.column_names) == {"image", "label", *further}
+    assert set(train.column_names) == {"image", "label", ROW, *further}
     assert {path for path, _ in asked} == {config.path}
     assert {split for _, split in asked} <= set(splits)
     assert (len(train), len(test)) == ((10, 2) if name == "imagenet_r" else (12, 12))
@@ -181,7 +181,7 @@ def test_columns_are_renamed_and_those_in_the_way_give_place(tmp_path, write_par
     write_parquet(tmp_path / "train.parquet", ["b", "a", "b"], Value("string"), "img", "kind", **further)
     train = load_split(parquet(image_column="img", label_column="kind"), "train", tmp_path, 0)
     assert_common_form(train)
-    assert sorted(train.column_names) == ["image", "label"]
+    assert sorted(train.column_names) == [ROW, "image", "label"]
     assert labels_of(train).tolist() == [1, 0, 1]
 
 
@@ -234,6 +234,7 @@ def test_images_of_other_classes_are_left_out_if_asked(tmp_path, write_parquet, 
     train = load_split(parquet(classes=classes, other_classes="leave_out"), "train", tmp_path, 0)
     assert labels_of(train).tolist() == [1, 0, 0]
     assert train.features["label"].names == classes
+    assert train[ROW][:] == [0, 1, 3]
 
 
 def test_a_split_of_other_classes_alone_is_refused(tmp_path, write_parquet):
@@ -260,9 +261,9 @@ def test_labels_that_are_none_are_refused(tmp_path, write_parquet, feature, labe
 
 def test_wrong_columns_are_named_with_those_there_are(tmp_path, write_parquet):
     write_parquet(tmp_path / "train.parquet", [0, 1], Value("int64"))
-    with pytest.raises(DataError, match=r"no column 'img' \(dataset.image_column\); its columns are: image, label"):
+    with pytest.raises(DataError, match=r"no column 'img' \(dataset.image_column, or image-column .*: image, label\."):
         load_split(parquet(image_column="img"), "train", tmp_path, 0)
-    with pytest.raises(DataError, match=r"no column 'kind' \(dataset.label_column\)"):
+    with pytest.raises(DataError, match=r"no column 'kind' \(dataset.label_column, or label-column in the node"):
         load_split(parquet(label_column="kind"), "train", tmp_path, 0)
     datasets.Dataset.from_dict({"image": [1.5], "label": [0]}).to_parquet(str(tmp_path / "odd.parquet"))
     with pytest.raises(DataError, match=r"'image' of 'mine' is .*float64.*, not images"):
@@ -333,6 +334,31 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path, write_images):
     for split in ("../elsewhere", "/etc", "..", "a/b"):
         with pytest.raises(ConfigError, match="not a path"):
             load_split(DatasetConfig(source="folder", train_split=split), "train", tmp_path, 0)
+
+
+def test_hidden_folders_are_passed_over_and_nested_ones_are_not(tmp_path, write_images):
+    write_images(tmp_path / "cat", 2)
+    write_images(tmp_path / "cat" / ".thumbnails", 2)
+    write_images(tmp_path / "cat" / "series 1" / "day 2", 2)
+    (tmp_path / "cat" / "a.png").mkdir()
+    config = DatasetConfig(name="mine", source="folder")
+    assert len(load_split(config, "train", tmp_path, 0)) == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_class_folder_that_may_not_be_read_is_refused(tmp_path, write_images):
+    write_images(tmp_path / "cat", 2)
+    write_images(tmp_path / "dog", 2)
+    (tmp_path / "dog").chmod(0)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied: 'dog'"):
+        load_split(DatasetConfig(name="mine", source="folder"), "train", tmp_path, 0)
+
+
+def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path, write_images):
+    write_images(tmp_path / "cat", 2)
+    os.rename(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/\xe4.png")
+    with pytest.raises(DataError, match=r"name of the file '.udce4.png' of class 'cat' is not UTF-8"):
+        load_split(DatasetConfig(name="mine", source="folder"), "train", tmp_path, 0)
 
 
 def test_node_location(tmp_path, monkeypatch):
