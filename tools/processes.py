@@ -1,5 +1,6 @@
 """Find and end processes by a mark in their environment, whatever session or parent they have ended up with."""
 
+import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,12 +33,19 @@ class MarkedProcesses:
         """Return those that live now."""
         return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(self._name) == self._value]
 
+    def signal(self, number: int, command: str | None = None) -> int:
+        """Send a signal to those that run `command`, or to all; return how many there were."""
+        reached = 0
+        for process in self.find():
+            if command is None or _runs(process, command):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+                    reached += 1
+        return reached
+
     def terminate(self, command: str) -> None:
         """Send SIGTERM to those that run `command`."""
-        for process in self.find():
-            if _runs(process, command):
-                with suppress(psutil.NoSuchProcess):
-                    process.terminate()
+        self.signal(signal.SIGTERM, command)
 
     def wait_gone(self, command: str, seconds: float) -> None:
         """Wait until none runs `command` any more, at most `seconds`."""

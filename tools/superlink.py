@@ -1,11 +1,8 @@
 """A simulation SuperLink of our own: started, asked, and stopped without leaving a process or a folder behind."""
 
 import http.client
-import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,24 +12,19 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from client_app.kept import STATE_VARIABLE
 from task.errors import ConfigError, PetalwiseError
+from tools.commands import HOST, executable, flower_environment, flwr_answer, free_port, tail
 from tools.processes import KILL_SECONDS, MarkedProcesses
 
 START_SECONDS = 120.0
 """How long a SuperLink may take until it answers; some 3 seconds on an idle machine."""
-CALL_SECONDS = 120.0
-"""How long one ``flwr`` command may take; 1 to 3 seconds on an idle machine."""
 STATUS_ATTEMPTS = 5
 """How often a status is asked for before the run is given up; one refusal may be due to a busy machine."""
 SETTLE_SECONDS = 15.0
 """How long ``flwr-simulation`` may take to leave, by itself and then when asked to."""
 TEMPORARY_LENGTH = 17
 """Longest name of a temporary folder in which the paths of Ray's sockets stay within the system's 104 bytes."""
-TAIL_LINES = 20
-"""How much of the SuperLink's output is shown when it fails."""
 CONNECTION = "own"
-HOST = "127.0.0.1"
 RAY_TIP_IGNORED = "ignore::FutureWarning:ray._private.worker"
 SIMULATION = "flwr-simulation"
 STAYING = ("flower-superlink", "flower-superexec")
@@ -56,7 +48,7 @@ class SuperLinkProcess:
         self.folder = folder
         self._log_file = folder / "superlink.log"
         self._output_file = folder / "superlink.out"
-        self._port = _free_port()
+        self._port = free_port()
         self._env = _environment(folder, settings)
         self._all = MarkedProcesses("FLWR_HOME", self._env["FLWR_HOME"])
         self._process: subprocess.Popen[bytes] | None = None
@@ -73,12 +65,11 @@ class SuperLinkProcess:
         home, empty = self.folder / "home", self.folder / "empty"
         home.mkdir()
         empty.mkdir()
-        (self.folder / "state").mkdir()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'
             f'[superlink.{CONNECTION}]\naddress = "{HOST}:{self._port}"\ninsecure = true\n'
         )
-        command = [_executable("flower-superlink"), "--insecure", "--simulation", "--host", HOST]
+        command = [executable("flower-superlink"), "--insecure", "--simulation", "--host", HOST]
         command += ["--port", str(self._port), "--log-file", str(self._log_file)]
         with self._output_file.open("wb") as sink:
             self._process = subprocess.Popen(  # noqa: S603 - a command of this environment
@@ -140,7 +131,7 @@ class SuperLinkProcess:
         """Start ``flwr log --stream``, which prints the log of a run from its beginning and exits at its end."""
         with (self.folder / "stream.err").open("ab") as errors:
             return subprocess.Popen(  # noqa: S603 - a command of this environment
-                [_executable("flwr"), "log", str(run_id), CONNECTION, "--stream"],
+                [executable("flwr"), "log", str(run_id), CONNECTION, "--stream"],
                 cwd=self.folder,
                 env=self._env,
                 stdout=subprocess.PIPE,
@@ -189,32 +180,13 @@ class SuperLinkProcess:
             else:
                 time.sleep(0.2)
                 continue
-            raise PetalwiseError(f"The SuperLink {problem}. The last lines of its output:\n{_tail(self._output_file)}")
+            raise PetalwiseError(f"The SuperLink {problem}. The last lines of its output:\n{tail(self._output_file)}")
 
     def _flwr(self, *arguments: str) -> dict[str, Any]:
         """Run one ``flwr`` command and return the JSON that it prints."""
-        shown = f"`flwr {arguments[0]}`"
         if self._process is None or self._process.poll() is not None:
-            raise PetalwiseError(f"The SuperLink has died. The last lines of its output:\n{_tail(self._output_file)}")
-        try:
-            result = subprocess.run(  # noqa: S603 - a command of this environment
-                [_executable("flwr"), *arguments, "--format", "json"],
-                cwd=self.folder,
-                env=self._env,
-                capture_output=True,
-                text=True,
-                timeout=CALL_SECONDS,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise PetalwiseError(f"{shown} did not answer within {CALL_SECONDS:.0f} seconds.") from None
-        try:
-            answer: dict[str, Any] = json.loads(result.stdout)
-        except json.JSONDecodeError:
-            said = (result.stdout + result.stderr).strip()
-            raise PetalwiseError(f"{shown} exited with {result.returncode} and without an answer:\n{said}") from None
-        return answer
+            raise PetalwiseError(f"The SuperLink has died. The last lines of its output:\n{tail(self._output_file)}")
+        return flwr_answer(arguments, self._env, self.folder)
 
     def _errors_logged_since(self, size: int) -> list[str]:
         with self._log_file.open("rb") as log:
@@ -264,35 +236,12 @@ def _dispose(folder: Path, keep: bool) -> None:
 
 
 def _environment(folder: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    env = dict(os.environ)
-    binaries = str(Path(sys.executable).parent)
-    env["PATH"] = os.pathsep.join([binaries, env.get("PATH", os.defpath)])  # Flower starts its helpers by name
-    env["FLWR_HOME"] = str(folder / "home")
-    env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] = "1"
-    env["FLWR_DISABLE_UPDATE_CHECK"] = "1"
-    env["FLWR_TELEMETRY_ENABLED"] = "0"
-    env.setdefault(STATE_VARIABLE, str(folder / "state"))
+    env = flower_environment(folder / "home")
     env["RAY_TMPDIR"] = str(folder)
     env["RAY_USAGE_STATS_ENABLED"] = "0"
-    env["PYTHONUNBUFFERED"] = "1"
     env["SPT_NOENV"] = "1"  # else Ray's processes write their titles over the environment that they are found by
     env["PYTHONWARNINGS"] = ",".join(filter(None, [env.get("PYTHONWARNINGS"), RAY_TIP_IGNORED]))
-    env["NO_PROXY"] = env["no_proxy"] = ",".join(filter(None, [env.get("no_proxy") or env.get("NO_PROXY"), HOST]))
     return {**env, **settings}
-
-
-def _executable(name: str) -> str:
-    path = Path(sys.executable).parent / name
-    if not path.is_file():
-        raise PetalwiseError(f"There is no {name} beside {sys.executable}: install flwr[simulation] for this Python.")
-    return str(path)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _healthy(port: int) -> bool:
@@ -304,11 +253,6 @@ def _healthy(port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def _tail(path: Path) -> str:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
-    return "\n".join(plain.splitlines()[-TAIL_LINES:])
 
 
 def _refusal(app: Path, said: str, logged: Sequence[str]) -> str:
