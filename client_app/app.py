@@ -15,9 +15,10 @@ from client_app.kept import Keeper
 from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
 from client_app.node import Node, node_name
 from client_app.training import TrainOutcome, train
-from client_app.worker import Worker, worker_for, worker_name
+from client_app.worker import Worker, worker_name, worker_of
 from task.arrays import FLAT, flat_to_array
 from task.data.batches import train_batches
+from task.delivery import delivered_folder, keep_delivered
 from task.errors import MessageError, PetalwiseError
 from task.evaluation import Score, evaluate
 from task.messages import (
@@ -55,17 +56,30 @@ def identify(message: Message, context: Context) -> Message:
     answer: dict[str, str] = {"client": node_name(context.node_config, context.node_id)}
     try:
         node = Node.from_config(context.node_config, context.node_id)
-        worker = worker_for(text_field(received_config(message), "task"), node.data, node.backbones, node.own)
+        worker = worker_of(node, text_field(received_config(message), "task"))
         worker.client_data(node)
-        answer |= {
-            "base": worker.model.base,
-            "layout": worker.model.layout.digest,
-            "classes": classes_digest(worker.class_names),
-            "share": worker.share(node),
-        }
+        if worker.lacks_backbone:
+            answer["lacks"] = worker.task.backbone.checkpoint
+        else:
+            answer |= {
+                "base": worker.model.base,
+                "layout": worker.model.layout.digest,
+                "classes": classes_digest(worker.class_names),
+                "share": worker.share(node),
+            }
     except PetalwiseError as error:
         answer["error"] = str(error)
     return Message(RecordDict({CONFIG: ConfigRecord(dict(answer))}), reply_to=message)
+
+
+@app.query("backbone")
+@explained_to_server
+def keep_backbone(message: Message, context: Context) -> Message:
+    """Keep the frozen backbone that this client said it lacks."""
+    node = Node.from_config(context.node_config, context.node_id)
+    record = message.content.array_records.get(ARRAYS, ArrayRecord())
+    keep_delivered(record, text_field(received_config(message), "name"), delivered_folder(node.state))
+    return Message(RecordDict({CONFIG: ConfigRecord({"client": node.name})}), reply_to=message)
 
 
 @app.train()
@@ -131,7 +145,7 @@ def _prepare(message: Message, context: Context) -> tuple[Node, Worker, Instruct
     """Find this process's worker for what the message asks."""
     instruction = Instruction.from_record(received_config(message))
     node = Node.from_config(context.node_config, context.node_id)
-    worker = worker_for(instruction.task, node.data, node.backbones, node.own)
+    worker = worker_of(node, instruction.task)
     layout = worker.model.layout
     if instruction.layout != layout.digest:
         raise MessageError("The server's adapter has another layout than this client's (rank, targets or classes).")

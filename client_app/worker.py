@@ -15,13 +15,14 @@ from flwr.common.logger import log
 
 from client_app.node import EVERYTHING_AS_FEDERATION, Node, OwnSettings, partition_of
 from client_app.training import make_optimizer
-from task.backbone import resolved
+from task.backbone import DELIVERED, resolved
 from task.config import TaskConfig, task_from_json
 from task.data.batches import Normaliser
 from task.data.images import ImageSet, decode
 from task.data.partitions import local_split, partition_indices
 from task.data.sampling import labels_of
 from task.data.sources import load_split
+from task.delivery import delivered_folder, lacks
 from task.device import choose_device
 from task.errors import PetalwiseError
 from task.model import AdaptedModel, build_model
@@ -74,6 +75,11 @@ class Worker:
     def device(self) -> torch.device:
         """Where to train."""
         return choose_device(self.task.train.device)
+
+    @property
+    def lacks_backbone(self) -> bool:
+        """Whether the frozen backbone has yet to come from the server."""
+        return lacks(self.task.backbone, self._backbones or Path())
 
     @property
     def class_names(self) -> list[str]:
@@ -139,6 +145,13 @@ class Worker:
         if isinstance(found, PetalwiseError):
             raise type(found)(str(found))
         return found
+
+
+def worker_of(node: Node, task_json: str) -> Worker:
+    """Return this process's worker for a task as a node does it; see :func:`worker_for`."""
+    delivered = task_from_json(task_json).backbone.source == DELIVERED
+    backbones = delivered_folder(node.state) if delivered else node.backbones
+    return worker_for(task_json, node.data, backbones, node.own)
 
 
 @lru_cache(maxsize=1)

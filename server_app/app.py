@@ -2,6 +2,7 @@
 
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from server_app.saving import save_adapter, save_personal
 from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
 from task.arrays import FLAT, flat_to_array
-from task.backbone import backbone_folder, resolved
+from task.backbone import backbone_folder, build_backbone, resolved
 from task.config import TaskConfig, task_to_json
 from task.data.images import ImageSet, decode
 from task.data.sources import DATA_VARIABLE, load_split, node_location
+from task.delivery import packed_backbone
 from task.device import choose_device
 from task.errors import PetalwiseError
 from task.messages import classes_digest
@@ -107,9 +109,22 @@ def _save(
 def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str], lineage: str) -> LayerwiseStrategy:
     """Make the strategy; the lineage is the name under which clients keep things for the run."""
     settings = run.settings
-    task, classes = task_to_json(settings), classes_digest(names)
+    classes, sent, backbone = classes_digest(names), settings, None
+    if settings.backbone.deliver:
+        built = build_backbone(settings.backbone, len(names), backbone_folder({}), settings.seed)
+        config, backbone = packed_backbone(settings.backbone, built)
+        sent = replace(settings, backbone=config)
     context = TaskContext(
-        task, model.layout, model.base, classes, settings.seed, settings.lora.merge, settings.wire, lineage
+        task_to_json(sent),
+        model.layout,
+        model.base,
+        classes,
+        settings.seed,
+        settings.lora.merge,
+        settings.wire,
+        backbone,
+        sent.backbone.checkpoint,
+        lineage,
     )
     calibration = Calibration(settings.calibration) if settings.calibration.name == "ccvr" else None
     schedule = SCHEDULES[run.schedule.name](run.schedule)

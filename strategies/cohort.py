@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from strategies.context import TaskContext
+from task.arrays import FLAT
 from task.errors import MessageError
-from task.messages import CONFIG, IDENTIFY, received_config, text_field
+from task.messages import ARRAYS, BACKBONE, CONFIG, IDENTIFY, received_config, text_field
 from task.seeding import derive_seed
 
 MAX_NAME_LENGTH = 64
@@ -107,16 +108,19 @@ class ClientDirectory:
         messages = [Message(content, node, IDENTIFY) for node in waiting]
         if not messages:
             return []
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        answers = {asked.get(reply.metadata.reply_to_message_id): reply for reply in replies}
+        answers, exchanged = _asked(grid, messages, timeout)
+        if lacking := [node for node, reply in answers.items() if _lacks(reply, context)]:
+            delivered, sent = _asked(grid, [_delivery(node, context) for node in lacking], timeout)
+            again, asked = _asked(grid, [Message(content, node, IDENTIFY) for node in lacking], timeout)
+            answers |= {**again, **{node: reply for node, reply in delivered.items() if reply.has_error()}}
+            exchanged += sent + asked
         known = set(self.refused)
         for node in waiting:
             self._admit(node, answers.get(node), context, layout)
         log(INFO, "Clients: %s", ", ".join(self.identities) or "none")
         if news := {self.refused[node].client: self.refused[node].reason for node in self.refused.keys() - known}:
             log(WARNING, "Refused: %s", grouped(news))
-        return [*messages, *replies]
+        return exchanged
 
     @property
     def identities(self) -> list[str]:
@@ -171,6 +175,28 @@ class ClientDirectory:
         self.unanswered[node] = self.unanswered.get(node, 0) + 1
         if self.unanswered[node] >= MAX_QUERIES:
             self.refused[node] = Refusal(f"node-{node}", f"it did not say who it is: {reason[:MAX_REASON_LENGTH]}")
+
+
+def _asked(grid: Grid, messages: list[Message], timeout: float) -> tuple[dict[int, Message], list[Message]]:
+    """Send messages; return the replies by node, and all messages of both ways."""
+    replies = list(grid.send_and_receive(messages, timeout=timeout))
+    nodes = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+    asked = [(nodes.get(reply.metadata.reply_to_message_id), reply) for reply in replies]
+    return {node: reply for node, reply in asked if node is not None}, [*messages, *replies]
+
+
+def _lacks(reply: Message, context: TaskContext) -> bool:
+    """Tell whether a node asks for the backbone that there is."""
+    config = reply.content.config_records.get(CONFIG) if reply.has_content() else None
+    return context.backbone is not None and config is not None and config.get("lacks") == context.backbone_name
+
+
+def _delivery(node: int, context: TaskContext) -> Message:
+    """Make the message that brings a node the backbone; the array is shared, not copied."""
+    assert context.backbone is not None
+    log(INFO, "Node %d is sent the backbone, %.0f MB.", node, len(context.backbone.data) / 1e6)
+    config = ConfigRecord({"name": context.backbone_name})
+    return Message(RecordDict({ARRAYS: ArrayRecord({FLAT: context.backbone}), CONFIG: config}), node, BACKBONE)
 
 
 def _name_problem(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from flwr.app import Array
+
 from task.units import Layout
 from task.wire import EXACT, WireConfig
 
@@ -24,5 +26,9 @@ class TaskContext:
     """How adapters are averaged: A and B apart (``factors``), or their product by its best factors."""
     wire: WireConfig = EXACT
     """How adapter and head travel."""
+    backbone: Array | None = None
+    """The frozen backbone for nodes that lack it, uint8 [n]."""
+    backbone_name: str = ""
+    """Its name: SHA-256 and ``.safetensors``."""
     run: str = ""
     """Name of the run, under which clients keep things for it; empty: a random one is made up."""

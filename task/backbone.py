@@ -23,6 +23,8 @@ PACKAGED_FOLDER = Path(__file__).resolve().parent / "weights"
 BACKBONES_VARIABLE = "PETALWISE_BACKBONES"
 REFUSED_ARGUMENTS = ("checkpoint_path", "cache_dir", "features_only", "img_size", "num_classes", "pretrained")
 """Starts of timm's arguments that say what other keys say, or make timm read or write other files."""
+DELIVERED = "delivered"
+"""The source of a backbone that came from the server."""
 MAX_PARAMETERS = 2_000_000_000
 """Largest backbone that is built: the architecture's arguments come from the server, the memory is the client's."""
 MAX_ARGUMENT = 16_384
@@ -194,6 +196,8 @@ def _read_state(config: BackboneConfig, folder: Path | None) -> dict[str, torch.
         raise ModelError(f"backbone.checkpoint={file_name!r} must be a bare file name, without a folder.")
     if config.source == "packaged":
         return _read_packaged(file_name)
+    if config.source == DELIVERED and (folder is None or not (folder / file_name).is_file()):
+        raise ModelError("The backbone was to come from the server, and has not been kept here.")
     if folder is None or not (folder / file_name).is_file():
         raise ModelError(
             f"The backbone file {file_name!r} is not in this party's backbone folder"

@@ -47,8 +47,12 @@ class BackboneConfig:
 
     name: str = "vit_tiny_patch16_224"
     """timm model name, as in ``timm.create_model``."""
-    source: str = bounded("packaged", choices=("packaged", "hub", "checkpoint", "random"))
-    """Where the weights come from: with the app, timm's hub, a local safetensors file, or a seeded random draw."""
+    source: str = bounded("packaged", choices=("packaged", "hub", "checkpoint", "random", "delivered"))
+    """Where the weights come from: with the app, timm's hub, a local safetensors file, or a seeded random draw;
+    ``delivered`` is what the server tells nodes with ``deliver``."""
+    deliver: bool = False
+    """Send the weights to nodes that lack them, once: they keep them by their SHA-256. Only the server needs the
+    source then."""
     checkpoint: str = ""
     """File name of the weights: inside the app for ``packaged``, else in each party's own backbone folder."""
     image_size: int = bounded(32, at_least=8, at_most=1024, unset=0)

@@ -23,6 +23,7 @@ from task.signals import NOTHING, SignalRequest, request_from_json
 ARRAYS, CONFIG, METRICS, SIGNALS = "arrays", "config", "metrics", "signals"
 IDENTIFY = "query.identify"
 MEASURE = "query.measure"
+BACKBONE = "query.backbone"
 NOT_KEPT = "has not kept round"
 """Stands in the answer of a client that is to go on from where it no longer can."""
 EVALUATIONS = ("none", "received", "tuned")

@@ -22,7 +22,7 @@ from flwr.common.config import parse_config_args
 
 from client_app.app import app
 from client_app.node import NODE_KEYS, Node, unknown_keys
-from client_app.worker import ClientData, Worker, worker_for
+from client_app.worker import ClientData, Worker, worker_of
 from server_app.compose import compose_run
 from strategies.loop import MAX_QUERY_SECONDS
 from task.config import task_to_json
@@ -61,7 +61,7 @@ def check_node(task: str, node_config: NodeConfig) -> str:
     seconds = time.perf_counter() - began
     node = Node.from_config(node_config, NODE_ID)
     check_state(node.state)
-    worker = worker_for(task, node.data, node.backbones, node.own)
+    worker = worker_of(node, task)
     data = worker.client_data(node)
     lines = [*_head(node_config, node), *_images(worker, node, data), *_classes(worker, data), *_machine(worker, node)]
     if seconds > MAX_QUERY_SECONDS / 2:

@@ -1,10 +1,12 @@
 """Whole runs in one process: the real ServerApp code and the real ClientApp."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from client_app.app import app as client_app
 from server_app.app import run_federation
@@ -87,3 +89,25 @@ def test_a_run_that_fails_late_keeps_what_it_has_learned(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert open_adapter(folder).get_base_model().num_classes == 10
     assert [report["merged"] for report in reports(folder)] == [False, True, False]
+
+
+def test_a_backbone_that_the_server_alone_has_is_sent_once_to_every_node(tmp_path):
+    """Each node has a folder of its own; one finds its file damaged before the second run."""
+    nodes = [{**config, "state": str(tmp_path / f"node-{i}")} for i, config in enumerate(simulated_nodes(3))]
+    for node in nodes:
+        Path(node["state"]).mkdir()
+    plain = run(tmp_path / "plain", DIGITS, InProcessGrid(client_app, nodes))
+    first = run(tmp_path / "first", [*DIGITS, "backbone.deliver=true"], InProcessGrid(client_app, nodes))
+    files = [next((Path(node["state"]) / "backbones").iterdir()) for node in nodes]
+    assert len({file.name for file in files}) == 1
+    files[1].write_bytes(b"damaged")
+    size = files[0].stat().st_size
+    second = run(tmp_path / "second", [*DIGITS, "backbone.deliver=true"], InProcessGrid(client_app, nodes))
+    asked = reports(plain)[0]["bytes_down"]
+    sent = [reports(folder)[0]["bytes_down"] // size for folder in (plain, first, second)]
+    assert sent == [0, 3, 1]
+    assert reports(first)[1]["bytes_down"] == pytest.approx(reports(plain)[1]["bytes_down"], abs=500)
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (plain, first, second)]
+    assert all(adapters[0][name].equal(other[name]) for other in adapters[1:] for name in other)
+    assert asked < 10_000
+    assert open_adapter(first).get_base_model().num_classes == 10
