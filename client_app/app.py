@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
 
 from client_app.exchanging import Exchanger
 from client_app.kept import Keeper
 from client_app.measuring import Recorder, class_signals, last_epoch_start, packed
 from client_app.node import Node, node_name
+from client_app.privacy import private
 from client_app.training import TrainOutcome, train
 from client_app.worker import Worker, worker_name, worker_of
 from task.arrays import FLAT, flat_to_array
@@ -50,6 +52,16 @@ def explained_to_server(handler: Handler) -> Handler:
     return handle
 
 
+def explained_mod(mod: Mod) -> Mod:
+    """Do the same for a mod."""
+
+    @wraps(mod)
+    def handle(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        return explained_to_server(lambda m, c: mod(m, c, call_next))(message, context)
+
+    return handle
+
+
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Answer with this client's name and the hash of its frozen weights, or with why it cannot take part."""
@@ -82,7 +94,7 @@ def keep_backbone(message: Message, context: Context) -> Message:
     return Message(RecordDict({CONFIG: ConfigRecord({"client": node.name})}), reply_to=message)
 
 
-@app.train()
+@app.train(mods=[explained_mod(private)])
 @explained_to_server
 def train_round(message: Message, context: Context) -> Message:
     """Train on this client's images and answer with adapter and head."""

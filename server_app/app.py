@@ -124,6 +124,7 @@ def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str], line
         settings.wire,
         backbone,
         sent.backbone.checkpoint,
+        settings.privacy,
         lineage,
     )
     calibration = Calibration(settings.calibration) if settings.calibration.name == "ccvr" else None

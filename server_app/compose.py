@@ -12,9 +12,17 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from strategies import SCHEDULES, STRATEGIES, CalibrationConfig, ScheduleConfig, StrategyConfig
+from strategies import (
+    SCHEDULES,
+    STRATEGIES,
+    CalibrationConfig,
+    LayerwiseStrategy,
+    ScheduleConfig,
+    StrategyConfig,
+)
 from task.config import TaskConfig, bounded, explained, first_line, typed
 from task.errors import ConfigError, did_you_mean
+from task.privacy import PrivacyConfig
 from task.wire import WireConfig
 
 T = TypeVar("T")
@@ -39,6 +47,8 @@ class RunSettings(TaskConfig):
     """Seconds to wait for the replies of a phase; later ones are not used."""
     runs_dir: str = "runs"
     """Folder for run folders; relative to the working directory of the server's process."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """Differential privacy of what clients send."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Recalibration of the head, carried by any strategy."""
     record_updates: bool = False
@@ -113,7 +123,29 @@ def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
         raise ConfigError(
             f"record_updates=true needs schedule=every_round, not {schedule.name}: records are of all units."
         )
+    if settings.privacy.name != "none":
+        _check_privacy(kind, settings, schedule.name, choice)
     return ComposedRun(settings, strategy, schedule, choice, OmegaConf.to_yaml(composed, resolve=True))
+
+
+def _check_privacy(kind: type[LayerwiseStrategy], settings: RunSettings, schedule: str, choice: str) -> None:
+    """Refuse what clipping and noise would not cover, with the reason."""
+    privacy = f"privacy={settings.privacy.name}"
+    if not kind.only_sums:
+        able = ", ".join(sorted(name for name, one in STRATEGIES.items() if one.only_sums))
+        raise ConfigError(
+            f"{privacy} does not go with strategy={choice}, which needs more of every client than its share in a mean: "
+            f"weights or signals of its own, which no noise covers. It goes with: {able}."
+        )
+    others = {
+        "schedule": schedule if schedule != "every_round" else "",
+        "wire.dtype": settings.wire.dtype if settings.wire.lossy else "",
+        "calibration": settings.calibration.name if settings.calibration.name != "none" else "",
+        "lora.merge": settings.lora.merge if settings.lora.merge != "factors" else "",
+        "record_updates": "true" if settings.record_updates else "",
+    }
+    if found := [f"{key}={value}" for key, value in others.items() if value]:
+        raise ConfigError(f"{privacy} covers a plain mean of whole float32 updates: it does not go with {found[0]}.")
 
 
 def _named(group: str, options: Mapping[str, Any], registry: Mapping[str, T]) -> T:

@@ -22,6 +22,7 @@ from strategies.exchanging import collect_updates, phase_messages
 from strategies.loop import EvaluateFn, OnRound, RoundLoop
 from strategies.merging import merge_adapter, merge_products
 from strategies.options import StrategyConfig
+from strategies.privacy import Privacy
 from strategies.replies import (
     Update,
     check_all,
@@ -60,6 +61,8 @@ class LayerwiseStrategy(Strategy):
     """The values of ``lora.merge`` that the strategy can follow."""
     plans_exchanges: ClassVar[bool] = False
     """Whether the strategy itself says which units travel, so that no schedule and no calibration goes with it."""
+    only_sums: ClassVar[bool] = False
+    """Whether a mean of the clients' models is all that it needs, so that differential privacy goes with it."""
     freezes_a: ClassVar[bool] = False
     """Whether ``lora.freeze_a=true`` is part of the strategy."""
 
@@ -75,6 +78,7 @@ class LayerwiseStrategy(Strategy):
         self.context = TaskContext() if context is None else context
         self.calibration = calibration
         self.schedule = Schedule() if schedule is None else schedule
+        self.privacy = Privacy(self.context.privacy)
         self.keep_updates = keep_updates
         self.updates: list[Update] = []
         self.received = torch.empty(0)
@@ -176,6 +180,7 @@ class LayerwiseStrategy(Strategy):
             "failed_rounds": self.failed_rounds,
             "merged_rounds": self.merged_rounds,
             "schedule": self.schedule.state_dict(),
+            "clipping_norm": self.privacy.clipping_norm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,6 +190,7 @@ class LayerwiseStrategy(Strategy):
         self.failed_rounds = state["failed_rounds"]
         self.merged_rounds = state["merged_rounds"]
         self.schedule.load_state_dict(state["schedule"])
+        self.privacy.clipping_norm = float(state["clipping_norm"])
 
     def evaluates_after(self, server_round: int) -> bool:
         """Tell whether the model of a round is evaluated: every so many, once all units are new; and the last."""
@@ -213,6 +219,7 @@ class LayerwiseStrategy(Strategy):
         """Make the messages that ask this round's cohort to train."""
         cohort = self.schedule.cohort(server_round, self.directory.identities, self._draw)
         self.report.cohort = len(cohort)
+        config = ConfigRecord({**config, **self.privacy.train_config()})
         return phase_messages(self, MessageType.TRAIN, cohort, arrays, config, self.instruction(server_round))
 
     def aggregate_train(
@@ -227,11 +234,12 @@ class LayerwiseStrategy(Strategy):
             self._note_failed_round(server_round, reason)
             return None, None
         nothing_due = self.schedule.exchange(server_round).up == ()
-        merged = self.flat.clone() if nothing_due else self.merge(server_round, updates)
+        merged = self.flat.clone() if nothing_due else self.merge(server_round, self.privacy.counted(updates))
         if not bool(torch.isfinite(merged).all()):
             self._note_failed_round(server_round, "the merged model is not finite")
             return None, None
         self.accept()
+        merged = self.privacy.released(server_round, merged, updates)
         report.details |= self.schedule.merged(server_round, self.flat, merged, updates)
         if self.keep_updates:
             self.updates, self.received = updates, self.flat

@@ -1,9 +1,10 @@
 """What a strategy knows of the task."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Array
 
+from task.privacy import PrivacyConfig
 from task.units import Layout
 from task.wire import EXACT, WireConfig
 
@@ -30,5 +31,7 @@ class TaskContext:
     """The frozen backbone for nodes that lack it, uint8 [n]."""
     backbone_name: str = ""
     """Its name: SHA-256 and ``.safetensors``."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """What is clipped and where noise is added."""
     run: str = ""
     """Name of the run, under which clients keep things for it; empty: a random one is made up."""

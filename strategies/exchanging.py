@@ -107,5 +107,6 @@ def _update(strategy: "LayerwiseStrategy", reply: Message, client: str, received
             sent = sent + codec.layout.take(flat, units)
         codec.layout.put(flat, units, sent)
         update = replace(update, flat=flat)
+    strategy.privacy.check(update, strategy.flat)
     strategy.check(update)
     return update

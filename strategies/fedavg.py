@@ -28,6 +28,7 @@ class FedAvg(LayerwiseStrategy):
     """
 
     Config: ClassVar[type[StrategyConfig]] = FedAvgConfig
+    only_sums: ClassVar[bool] = True
 
     def merge(self, server_round: int, updates: Sequence[Update]) -> torch.Tensor:
         """Return sum_i n_i / n x_i."""
