@@ -119,7 +119,7 @@ class Privacy:
         """Let the norm follow for the next round; return the multiplier that is left for the noise in the mean.
 
         Flower's wrapper takes the new norm for the noise as well, which does not cover updates clipped to a larger old
-        one; so its noise is left aside. Its own noise on the clients' bits, clients / 20, is too little for few clients.
+        one; so its noise is left aside. Its noise on the clients' bits, clients / 20, is too little for few clients.
         """
         c, clients = self.config, len(replies)
         bits = max(clients / 20, c.noise_multiplier)
