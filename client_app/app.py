@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from functools import wraps
+from logging import ERROR
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 
 from client_app.exchanging import Exchanger
 from client_app.kept import Keeper
@@ -23,6 +25,7 @@ from task.data.batches import train_batches
 from task.delivery import delivered_folder, keep_delivered
 from task.errors import MessageError, PetalwiseError
 from task.evaluation import Score, evaluate
+from task.folders import reason_of
 from task.messages import (
     ARRAYS,
     CONFIG,
@@ -40,14 +43,18 @@ Handler = Callable[[Message, Context], Message]
 
 
 def explained_to_server(handler: Handler) -> Handler:
-    """Turn errors written for people into Flower error replies that carry their sentence."""
+    """Turn errors into Flower error replies that carry one sentence; of those nobody foresaw, the log has the rest."""
 
     @wraps(handler)
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
         except PetalwiseError as error:
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+            reason = str(error)
+        except Exception as error:  # a fault of this app or of a library: the server is told which, too
+            log(ERROR, "This client fails.", exc_info=True)
+            reason = f"{type(error).__name__}: {reason_of(error)}"
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
     return handle
 

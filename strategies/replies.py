@@ -106,7 +106,7 @@ def replies_by_client(
         if client not in asked or client in answered or client in failed:
             log(WARNING, "A reply of node %d that nobody waits for is ignored.", reply.metadata.src_node_id)
         elif reply.has_error():
-            failed[client] = f"error {reply.error.code}: {reply.error.reason}"[:MAX_REASON_LENGTH]
+            failed[client] = f"error {reply.error.code}: {_last_line(reply.error.reason)}"[:MAX_REASON_LENGTH]
         else:
             answered[client] = reply
     missing = dict.fromkeys(asked - answered.keys() - failed.keys(), "no reply within the timeout")
@@ -116,6 +116,12 @@ def replies_by_client(
         {name: answered[name] for name in in_order if name in answered},
         {name: reasons[name] for name in in_order if name in reasons},
     )
+
+
+def _last_line(reason: str | None) -> str:
+    """Take what an error says from the end of the traceback that Flower may put before it."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"
 
 
 def check_update(
