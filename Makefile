@@ -50,17 +50,17 @@ types: $(STAMP) ## Check types.
 
 tests test-quick test-faults: export OMP_NUM_THREADS := 1
 
-test: $(STAMP) ## Run all checks and all tests, three at a time (those marked gpu or data where they can run).
+test: $(STAMP) ## Run all checks and all tests but test-faults, three at a time (those marked gpu or data where they can run).
 	@$(MAKE) --no-print-directory -j 2 lint types tests
 
 .PHONY: tests
 tests: $(STAMP)
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not faults"
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
 	$(BIN)/pytest -m "not slow and not e2e"
 
-test-faults: $(STAMP) ## Run the tests that kill, freeze and spoil real processes: some 15 minutes.
+test-faults: $(STAMP) ## Run the tests that kill and freeze real processes and cut links: some 15 minutes.
 	$(BIN)/pytest -m faults
 
 clean: ## Remove the environment and caches; run folders stay.

@@ -49,14 +49,18 @@ def explained_to_server(handler: Handler) -> Handler:
     def handle(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except PetalwiseError as error:
-            reason = str(error)
-        except Exception as error:  # a fault of this app or of a library: the server is told which, too
-            log(ERROR, "This client fails.", exc_info=True)
-            reason = f"{type(error).__name__}: {reason_of(error)}"
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+        except Exception as error:
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, _told(error)), reply_to=message)
 
     return handle
+
+
+def _told(error: Exception) -> str:
+    """Say an error in one line; of a fault of this app or of a library, the rest goes to the log."""
+    if isinstance(error, PetalwiseError):
+        return str(error)
+    log(ERROR, "This client fails.", exc_info=error)
+    return f"{type(error).__name__}: {reason_of(error).splitlines()[0]}"
 
 
 def explained_mod(mod: Mod) -> Mod:
@@ -86,8 +90,8 @@ def identify(message: Message, context: Context) -> Message:
                 "classes": classes_digest(worker.class_names),
                 "share": worker.share(node),
             }
-    except PetalwiseError as error:
-        answer["error"] = str(error)
+    except Exception as error:
+        answer["error"] = _told(error)
     return Message(RecordDict({CONFIG: ConfigRecord(dict(answer))}), reply_to=message)
 
 

@@ -86,7 +86,8 @@ class Checkpoints:
             save_file(tensors, part, {_FACTS: json.dumps(facts)})
             _to_disk(part)
             os.replace(part, path)
-            _to_disk(self.folder)
+            with suppress(OSError):  # some file systems cannot do that for folders
+                _to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -94,7 +95,8 @@ class Checkpoints:
                 f"The checkpoint of round {checkpoint.server_round} cannot be written: {reason_of(error)}."
             ) from error
         for old in self._paths()[:-KEPT]:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):
+                old.unlink(missing_ok=True)
 
     def latest(self) -> Checkpoint | None:
         """Read the last checkpoint that can be read; None if there is none.
@@ -176,7 +178,7 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Turn a nested state into one of JSON, its tensors going into ``tensors`` under numbers."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = value.detach().cpu().contiguous().clone()  # a file takes no tensors that share memory
         return {_TENSOR: name}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value) or _TENSOR in value:

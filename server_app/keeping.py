@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from logging import ERROR, INFO
 
 from flwr.common.logger import log
+from safetensors import SafetensorError
 
 from server_app.checkpoints import Checkpoint, versions
 from server_app.compose import ComposedRun
@@ -38,17 +39,27 @@ class RoundKeeping:
             self.progress.line(report)
 
     def note(self, report: RoundReport) -> None:
-        """Keep a finished round; only then the checkpoint is written that counts it as done."""
+        """Keep a finished round; only then the checkpoint is written that counts it as done.
+
+        A disk that is full does not end the run.
+        """
         self.reports.append(report)
-        self.folder.append(report)
-        if self.run.settings.record_updates and report.merged:
-            self.folder.record(report.server_round, self.strategy.received, self.strategy.updates)
-        if report.server_round:
-            self._checkpoint(report.server_round)
+        try:
+            self.folder.append(report)
+            if self.run.settings.record_updates and report.merged:
+                self.folder.record(report.server_round, self.strategy.received, self.strategy.updates)
+            if report.server_round:
+                self._checkpoint(report.server_round)
+        except (OSError, SafetensorError, StateError) as error:
+            log(
+                ERROR,
+                "Round %d is not kept (%s); a resume would go on from an earlier one.",
+                report.server_round,
+                error,
+            )
         log(INFO, "%s", self.progress.line(report))
 
     def _checkpoint(self, server_round: int) -> None:
-        """Write a checkpoint; a disk that is full does not end the run."""
         checkpoint = Checkpoint(
             server_round=server_round,
             run=self.strategy.run,
@@ -58,7 +69,4 @@ class RoundKeeping:
             versions=self._versions,
             state=self.strategy.state_dict(),
         )
-        try:
-            self.folder.checkpoints.save(checkpoint)
-        except StateError as error:
-            log(ERROR, "Round %d: %s A resume would go on from an earlier round.", server_round, error)
+        self.folder.checkpoints.save(checkpoint)

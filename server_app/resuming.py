@@ -10,6 +10,7 @@ from typing import Any
 
 from flwr.common.logger import log
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from server_app.checkpoints import Checkpoint, versions
@@ -29,6 +30,9 @@ MAY_CHANGE = (
     "train.device",
 )
 """Config keys that a run may be gone on with in another way."""
+
+FIRST_CLASS = ("strategy.name", "backbone.name", "dataset.name", "partition.kind", "num_server_rounds", "seed")
+"""What is told of a run's config where it is not that of a run without any options."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _existing(resume: str, runs_dir: Path) -> Path:
 def _read_config(folder: RunFolder) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder.config))
-    except (OSError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{folder.config} cannot be read: {first_line(error)}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("strategy"), dict) or "name" not in config["strategy"]:
         raise ConfigError(f"{folder.config} is not the config of a run.")
@@ -136,6 +140,8 @@ def _changes(saved: Mapping[str, Any], given: ComposedRun) -> dict[str, Any]:
     default = dict(_flat(container(compose_run({}).yaml)))
     asked = {key: value for key, value in _flat(container(given.yaml)) if value != default.get(key)}
     changes = {key: value for key, value in asked.items() if value != was.get(key)}
+    if own := [f"{key}={was[key]}" for key in FIRST_CLASS if key not in asked and was.get(key) != default.get(key)]:
+        log(INFO, "The run's own config holds: %s.", ", ".join(own))
     if fixed := [key for key in changes if key not in MAY_CHANGE]:
         shown = "; ".join(f"{key}={changes[key]} instead of {was.get(key, '(not there)')}" for key in fixed[:5])
         more = f" and {len(fixed) - 5} more" if len(fixed) > 5 else ""

@@ -1,11 +1,13 @@
 """The folder that a run leaves behind: config, metrics per round, checkpoints, adapter."""
 
+import errno
 import fcntl
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,11 +72,24 @@ class RunFolder:
         return self.path / "adapter"
 
     def append(self, report: RoundReport) -> None:
-        """Add a round to ``metrics.jsonl``."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(report.to_dict()), allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a round to ``metrics.jsonl``.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; nothing of it is left then.
+        """
+        line = (json.dumps(_finite(report.to_dict()), allow_nan=False) + "\n").encode()
+        with self.metrics.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def reports(self, size: int) -> list[RoundReport]:
         """Read the first ``size`` bytes of ``metrics.jsonl`` and drop what is behind them.
@@ -85,11 +100,11 @@ class RunFolder:
             If there are fewer, or they are no reports.
         """
         try:
+            if (there := self.metrics.stat().st_size) < size:
+                raise ValueError(f"it has {there} bytes of {size}")
             with self.metrics.open("rb+") as file:
                 kept = file.read(size)
                 file.truncate(size)
-            if len(kept) < size:
-                raise ValueError(f"it has {len(kept)} bytes of {size}")
             return [RoundReport(**json.loads(line)) for line in kept.decode().splitlines()]
         except (OSError, ValueError, TypeError) as error:
             raise StateError(f"{self.metrics.name} in {self.path.name} cannot be gone on with: {error}.") from error
@@ -138,7 +153,10 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 def _hold(path: Path) -> BinaryIO:
     """Lock a folder for as long as the returned file is open, which ends with the process at the latest."""
-    lock = (path / ".lock").open("wb")
+    try:
+        lock = (path / ".lock").open("wb")
+    except OSError as error:
+        raise ConfigError(f"The run folder {path} cannot be written: {error.strerror}.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,4 +171,6 @@ def _finite(value: Any) -> Any:
     """Replace numbers that JSON does not have by None."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -234,7 +234,11 @@ class LayerwiseStrategy(Strategy):
             self._note_failed_round(server_round, reason)
             return None, None
         nothing_due = self.schedule.exchange(server_round).up == ()
-        merged = self.flat.clone() if nothing_due else self.merge(server_round, self.privacy.counted(updates))
+        try:
+            merged = self.flat.clone() if nothing_due else self.merge(server_round, self.privacy.counted(updates))
+        except RuntimeError as error:  # numerics that fail on values which are finite, such as a singular matrix
+            self._note_failed_round(server_round, f"the updates cannot be merged ({error})")
+            return None, None
         if not bool(torch.isfinite(merged).all()):
             self._note_failed_round(server_round, "the merged model is not finite")
             return None, None

@@ -66,6 +66,8 @@ class RoundLoop:
             if self.on_round:
                 self.on_round(self.strategy.report)
             self._stop_if_hopeless(server_round)
+        if self.first_round > self.num_rounds:  # all rounds were done before, well or badly
+            self._stop_if_hopeless(self.num_rounds)
         return result
 
     def _wait_for_clients(self) -> None:

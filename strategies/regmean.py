@@ -20,6 +20,9 @@ from task.units import HEAD, LoraLayer, head_specs, lora_layers
 RIDGE = 1e-6
 """Added to the diagonal of a Gram matrix, in units of its mean."""
 
+SLACK = 1e-3
+"""How far a Gram matrix may be from one by rounding, relatively."""
+
 
 @dataclass
 class RegMeanConfig(StrategyConfig):
@@ -52,10 +55,19 @@ class RegMean(LayerwiseStrategy):
         return SignalRequest(gram=True)
 
     def check(self, update: Update) -> None:
-        """Refuse Gram matrices that are not finite."""
-        for name, gram in update.signals.items():
-            if not bool(torch.isfinite(gram).all()):
+        """Refuse what no inputs have as their Gram matrix: by its diagonal, and by |g_ij|^2 <= g_ii g_jj."""
+        for name, values in update.signals.items():
+            if not name.startswith("gram:"):  # measured for recording
+                continue
+            if not bool(torch.isfinite(values).all()):
                 raise MessageError(f"its {name} is not finite.")
+            gram = self._gram(update, name.removeprefix("gram:"), int((2 * len(values)) ** 0.5), off_diagonal=1.0)
+            energy = gram.diagonal()
+            bound = (energy.clamp_min(0)[:, None] * energy.clamp_min(0)).sqrt() * (
+                1 + SLACK
+            ) + SLACK * energy.abs().max()
+            if bool((energy < 0).any()) or bool((gram.abs() > bound).any()):
+                raise MessageError(f"its {name} is no Gram matrix of any inputs.")
 
     def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
         """Merge layer by layer; a single client's update is taken as it is."""
@@ -99,12 +111,12 @@ class RegMean(LayerwiseStrategy):
         if bias is not None:
             merged[part_of(bias)] = solved[:, -1]
 
-    def _gram(self, update: Update, name: str, width: int) -> Tensor:
+    def _gram(self, update: Update, name: str, width: int, off_diagonal: float | None = None) -> Tensor:
         """Unpack a Gram matrix, float64 [width, width], its elements off the diagonal scaled down."""
         gram = torch.zeros(width, width, dtype=torch.float64)
         gram[tuple(torch.triu_indices(width, width))] = update.signals[f"gram:{name}"].double()
         diagonal = gram.diagonal().clone()
-        gram = (gram + gram.T) * self.config.off_diagonal
+        gram = (gram + gram.T) * (self.config.off_diagonal if off_diagonal is None else off_diagonal)
         gram.diagonal().copy_(diagonal)
         return gram
 

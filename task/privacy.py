@@ -27,8 +27,8 @@ class PrivacyConfig:
     """Adaptive: share of the clients that the norm is to leave unclipped."""
     clip_norm_lr: float = bounded(0.2, above=0.0)
     """Adaptive: how fast the norm follows."""
-    epsilon: float = bounded(10.0, above=0.0)
-    """Local: privacy budget of a round."""
+    epsilon: float = bounded(1.0, above=0.0, at_most=1.0)
+    """Local: privacy budget of a round; the noise that Flower's mod adds is enough for it up to 1."""
     delta: float = bounded(1e-5, above=0.0, at_most=0.1)
     """Local: failure probability of a round."""
 

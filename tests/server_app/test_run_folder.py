@@ -95,7 +95,7 @@ def signals_of(name, server_round, size):
     return np.random.default_rng([5, server_round, int(name)]).random(size).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "livar", "regmean"])
+@pytest.mark.parametrize("name", ["fedavg", "livar", "fisher"])
 def test_updates_and_signals_of_the_clients_used_are_kept_round_by_round(tmp_path, name):
     def edit(client, server_round, content):
         return content if (client, server_round) != ("1", 2) else type(content)()

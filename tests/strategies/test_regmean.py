@@ -198,3 +198,14 @@ def test_a_gram_matrix_that_is_not_finite_is_refused_by_name(key, value):
     expected, _ = run(WIDE, clients=["0", "2"])
     for name, values in merged.items():
         np.testing.assert_array_equal(values, expected[name])
+
+
+@pytest.mark.parametrize(("element", "value"), [(0, -1.0), (1, 1e6)])
+def test_what_no_inputs_have_as_their_gram_matrix_is_refused(element, value):
+    def edit(name, found, view):
+        if (name, found) == ("1", "gram:head"):
+            view[element] = value
+
+    _, report = run(WIDE, edit)
+    assert report.clients_dropped == {"1": "its gram:head is no Gram matrix of any inputs."}
+    assert report.clients_used == ["0", "2"]
