@@ -1,4 +1,4 @@
-"""Clients that answer nonsense, each in its own way, through `flwr run` in simulation: the round goes on without them."""
+"""Clients that answer nonsense, each in its own way, through a simulated `flwr run`: rounds go on without them."""
 
 import json
 import shutil
