@@ -151,7 +151,7 @@ def test_after_a_kill_on_the_server_the_run_is_gone_on_with(federation, what):
     else:
         federation.link.kill()
         federation.link.start()
-        wait_until(lambda: set(federation.online().values()) == {"online"}, 240)
+        wait_until(lambda: all(federation.online()[name] == "online" for name in SITES), 240)
     folder = run.folder
     again = federation.submit(REPOSITORY, [f'resume="{folder}"'])
     outcome = federation.finish(again, RUN_SECONDS)
