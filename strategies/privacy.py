@@ -122,7 +122,7 @@ class Privacy:
         one; so its noise is left aside. Its noise on the clients' bits, clients / 20, is too little for few clients.
         """
         c, clients = self.config, len(replies)
-        bits = max(clients / 20, c.noise_multiplier)
+        bits = max(clients / 20, c.noise_multiplier) if c.noise_multiplier else 0.0
         wrapper = DifferentialPrivacyClientSideAdaptiveClipping(
             inner, c.noise_multiplier, clients, self.clipping_norm, c.target_quantile, c.clip_norm_lr, bits
         )

@@ -149,7 +149,7 @@ class AnsweringGrid:
 
     def send_and_receive(self, messages, *, timeout=None):
         (message,) = messages
-        message.metadata.__dict__["_message_id"] = "asked"
+        message.metadata.__dict__["_message_id"] = "to 1"
         return [reply(self._content)]
 
 

@@ -214,7 +214,7 @@ def test_superlink_that_does_not_start_is_told_with_its_output(
     broken = tmp_path / "flower-superlink"
     broken.write_text("#!/bin/sh\necho the port is taken\nexit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(superlink, "_executable", lambda name: str(broken))
+    monkeypatch.setattr(superlink, "executable", lambda name: str(broken))
     with pytest.raises(PetalwiseError, match=r"exited with code 3 before it answered(?s:.*)the port is taken"):
         run_app(app, output=None)
 
