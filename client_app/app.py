@@ -76,11 +76,11 @@ def explained_mod(mod: Mod) -> Mod:
 @app.query("identify")
 def identify(message: Message, context: Context) -> Message:
     """Answer with this client's name and the hash of its frozen weights, or with why it cannot take part."""
-    answer: dict[str, str] = {"client": node_name(context.node_config, context.node_id)}
+    answer: dict[str, str | int] = {"client": node_name(context.node_config, context.node_id)}
     try:
         node = Node.from_config(context.node_config, context.node_id)
         worker = worker_of(node, text_field(received_config(message), "task"))
-        worker.client_data(node)
+        answer["examples"] = len(worker.client_data(node).train)
         if worker.lacks_backbone:
             answer["lacks"] = worker.task.backbone.checkpoint
         else:

@@ -1,9 +1,10 @@
-"""The client's side of differential privacy: Flower's mods, as the message asks for them."""
+"""The client's side of privacy: Flower's mods, as the message asks for them."""
 
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 
 from task.errors import MessageError
 from task.messages import number_field, received_config
@@ -14,7 +15,7 @@ MAX_EPSILON = 1.0
 
 
 def private(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Clip what the client sends, and add noise to it, where the message says so.
+    """Clip what the client sends and add noise to it, or mask it for secure aggregation, where the message says so.
 
     Of two updates that are clipped to a norm, the difference has twice that norm at most: this is the sensitivity that
     local noise is made for. Its draws are fresh, whatever the run's seed, which the server knows.
@@ -24,10 +25,16 @@ def private(message: Message, context: Context, call_next: ClientAppCallable) ->
     MessageError
         If there is no such kind of privacy, or its numbers are out of range.
     """
+    if RECORD_KEY_CONFIGS in message.content.config_records:
+        from client_app.secagg import masked  # brings in Flower's older client, which other runs don't need
+
+        return masked(message, context, call_next)
     config = received_config(message)
     kind = config.get(PRIVACY, "none")
     if kind == "none":
         return call_next(message, context)
+    if kind == "secagg":
+        raise MessageError("The message asks for an update in the clear, with privacy=secagg; it is not followed.")
     if not number_field(config, CLIPPING_NORM) > 0:
         raise MessageError("The message asks for clipping to no positive norm; it is not followed.")
     if kind == "central_fixed":

@@ -48,7 +48,7 @@ class RunSettings(TaskConfig):
     runs_dir: str = "runs"
     """Folder for run folders; relative to the working directory of the server's process."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    """Differential privacy of what clients send."""
+    """Differential privacy of what clients send, or secure aggregation."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Recalibration of the head, carried by any strategy."""
     record_updates: bool = False
@@ -129,13 +129,14 @@ def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
 
 
 def _check_privacy(kind: type[LayerwiseStrategy], settings: RunSettings, schedule: str, choice: str) -> None:
-    """Refuse what clipping and noise would not cover, with the reason."""
+    """Refuse what clipping, noise or a sum would not cover, with the reason."""
     privacy = f"privacy={settings.privacy.name}"
+    why = "of which the server sees none" if settings.privacy.masked else "which no noise covers"
     if not kind.only_sums:
         able = ", ".join(sorted(name for name, one in STRATEGIES.items() if one.only_sums))
         raise ConfigError(
             f"{privacy} does not go with strategy={choice}, which needs more of every client than its share in a mean: "
-            f"weights or signals of its own, which no noise covers. It goes with: {able}."
+            f"weights or signals of its own, {why}. It goes with: {able}."
         )
     others = {
         "schedule": schedule if schedule != "every_round" else "",
@@ -145,7 +146,7 @@ def _check_privacy(kind: type[LayerwiseStrategy], settings: RunSettings, schedul
         "record_updates": "true" if settings.record_updates else "",
     }
     if found := [f"{key}={value}" for key, value in others.items() if value]:
-        raise ConfigError(f"{privacy} covers a plain mean of whole float32 updates: it does not go with {found[0]}.")
+        raise ConfigError(f"{privacy} is for a plain mean of whole float32 updates: it does not go with {found[0]}.")
 
 
 def _named(group: str, options: Mapping[str, Any], registry: Mapping[str, T]) -> T:

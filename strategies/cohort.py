@@ -75,6 +75,8 @@ class ClientDirectory:
     """How often each node has been asked without an answer."""
     shares: dict[str, str] = field(default_factory=dict)
     """Partition by identity, of clients that have one of a common data set."""
+    examples: dict[str, int] = field(default_factory=dict)
+    """Number of training images by identity, as far as clients say."""
     _sent: dict[str, str] = field(default_factory=dict)
 
     def discover(self, grid: Grid, context: TaskContext, layout: str, timeout: float) -> list[Message]:
@@ -160,6 +162,8 @@ class ClientDirectory:
             self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH], name_taken)
         else:
             self.nodes[name], self.shares[name] = node, share
+            examples = record.get("examples")
+            self.examples[name] = examples if isinstance(examples, int) else 0
 
     def _share_problem(self, name: str, share: str) -> str:
         """Say who has a client's images already, or nothing."""

@@ -75,6 +75,8 @@ class Privacy:
         c = self.config
         if c.name == "none":
             return {}
+        if c.masked:
+            return {PRIVACY: c.name}
         numbers = {EPSILON: c.epsilon, DELTA: c.delta} if c.name == "local" else {}
         return {PRIVACY: c.name, CLIPPING_NORM: self.clipping_norm, **numbers}
 

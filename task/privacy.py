@@ -1,4 +1,4 @@
-"""Differential privacy of what clients send: options, and what a message says of them."""
+"""Privacy of what clients send: options, and what a message says of them."""
 
 from dataclasses import dataclass
 
@@ -8,17 +8,19 @@ PRIVACY = "privacy"
 """Key of a train message's config under which the kind stands; with ``local`` also the three numbers below."""
 CLIPPING_NORM, EPSILON, DELTA = "clipping_norm", "privacy-epsilon", "privacy-delta"
 """The first is Flower's own name for it, which its mods read."""
+MASKED_RANGE = 8.0
+"""Secure aggregation carries values from minus to plus this."""
 NORM_BIT = "norm_bit"
 """Flower's name for whether an update was within the norm."""
 
 
 @dataclass
 class PrivacyConfig:
-    """Differential privacy, by Flower's own parts."""
+    """Differential privacy or secure aggregation, by Flower's own parts."""
 
-    name: str = bounded("none", choices=("none", "central_fixed", "central_adaptive", "local"))
-    """None; clients clip and the server adds noise to the mean, with a fixed norm or one that adapts; or every client
-    clips and adds noise itself."""
+    name: str = bounded("none", choices=("none", "central_fixed", "central_adaptive", "local", "secagg"))
+    """None; clients clip and the server adds noise to the mean, with a fixed norm or one that adapts; every client
+    clips and adds noise itself; or the server gets only the sum of the updates."""
     clipping_norm: float = bounded(1.0, above=0.0)
     """Largest Euclidean norm of a client's change of adapter and head; of ``central_adaptive`` the first one."""
     noise_multiplier: float = bounded(1.0, at_least=0.0)
@@ -36,3 +38,8 @@ class PrivacyConfig:
     def central(self) -> bool:
         """Whether the server adds the noise."""
         return self.name.startswith("central")
+
+    @property
+    def masked(self) -> bool:
+        """Whether the server gets only the sum of the updates."""
+        return self.name == "secagg"

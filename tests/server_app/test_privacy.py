@@ -10,7 +10,7 @@ from task.errors import ConfigError
 from tests.server_app.test_app import DIGITS, reports, run
 from tools.debug import InProcessGrid, simulated_nodes
 
-KINDS = ["central_fixed", "central_adaptive", "local"]
+KINDS = ["central_fixed", "central_adaptive", "local", "secagg"]
 STRATEGIES = ["fedavg", "fedprox", "ffa_lora"]
 
 
@@ -83,3 +83,8 @@ def test_one_client_that_fails_does_not_end_a_private_round(tmp_path):
 def test_what_clipping_and_noise_would_not_cover_is_refused(overrides, reason):
     with pytest.raises(ConfigError, match=reason):
         compose_run({}, ["privacy=local", *overrides])
+
+
+def test_under_secure_aggregation_weights_of_single_clients_are_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"privacy=secagg .* signals of its own, of which the server sees none"):
+        compose_run({}, ["privacy=secagg", "strategy=livar"])
