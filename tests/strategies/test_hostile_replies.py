@@ -81,7 +81,7 @@ KINDS = {
 def contents(draw, request):
     """A good reply with some of its entries and records taken away, renamed or replaced."""
     wire = draw(st.sampled_from(WIRES))
-    content = good(wire, request)
+    content, kinds = good(wire, request), dict(KINDS)
     for _ in range(draw(st.integers(0, 4))):
         where = draw(st.sampled_from(sorted(content)) if content else st.just(""))
         if not where:
@@ -91,15 +91,12 @@ def contents(draw, request):
         if kind == "drop record":
             del content[where]
         elif kind == "rename record":
-            content = {("other" if name == where else name): entries for name, entries in content.items()}
-            KINDS.setdefault("other", KINDS[where]) if where in KINDS else None
-            if "other" in content:
-                content = {name: entries for name, entries in content.items() if name != "other"}
+            content["other"], kinds["other"] = content.pop(where), kinds[where]
         elif kind == "drop entry" and record:
             del record[draw(st.sampled_from(sorted(record)))]
         else:
-            record[draw(names)] = draw(KINDS[where][1])
-    return wire, RecordDict({name: KINDS[name][0](entries) for name, entries in content.items()})
+            record[draw(names)] = draw(kinds[where][1])
+    return wire, RecordDict({name: kinds[name][0](entries) for name, entries in content.items()})
 
 
 @settings(max_examples=4000)
