@@ -26,7 +26,7 @@ from task.data.images import ImageSet, decode
 from task.data.sources import DATA_VARIABLE, load_split, node_location
 from task.delivery import packed_backbone
 from task.device import choose_device
-from task.errors import PetalwiseError
+from task.errors import PetalwiseError, StateError
 from task.messages import classes_digest
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
@@ -81,6 +81,8 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     keeping = RoundKeeping(folder, run, strategy, past.reports if past else [])
     try:
         _run_rounds(grid, run, strategy, model, test, keeping, checkpoint)
+    except StateError:  # the saved state is refused before any round, and the adapter is still that of the past
+        raise
     except BaseException:
         with suppress(Exception):  # why the rounds ended is what is to be told
             _save(folder, strategy, model, run, names, keeping.reports)
@@ -115,17 +117,17 @@ def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str], line
         config, backbone = packed_backbone(settings.backbone, built)
         sent = replace(settings, backbone=config)
     context = TaskContext(
-        task_to_json(sent),
-        model.layout,
-        model.base,
-        classes,
-        settings.seed,
-        settings.lora.merge,
-        settings.wire,
-        backbone,
-        sent.backbone.checkpoint,
-        settings.privacy,
-        lineage,
+        task=task_to_json(sent),
+        layout=model.layout,
+        base=model.base,
+        classes=classes,
+        seed=settings.seed,
+        lora_merge=settings.lora.merge,
+        wire=settings.wire,
+        backbone=backbone,
+        backbone_name=sent.backbone.checkpoint,
+        privacy=settings.privacy,
+        run=lineage,
     )
     calibration = Calibration(settings.calibration) if settings.calibration.name == "ccvr" else None
     schedule = SCHEDULES[run.schedule.name](run.schedule)

@@ -1,10 +1,12 @@
 """Runs that are killed and go on: real ServerApp and ClientApp code, in a process that dies by SIGKILL."""
 
+import dataclasses
 import json
 import os
 import signal
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -272,3 +274,16 @@ def test_reports_that_are_shorter_than_the_checkpoint_says_are_refused(tmp_path)
     folder.append(RoundReport(0))
     with pytest.raises(StateError, match="cannot be gone on with"):
         folder.reports(10_000)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays_as_it_was(tmp_path):
+    folder = run(tmp_path, [])
+    before = adapter(folder)
+    kept = checkpoints.Checkpoints(folder / "checkpoints")
+    latest = kept.latest()
+    state = {**latest.state, "flat": torch.zeros_like(latest.state["flat"])}
+    del state["schedule"]
+    kept.save(dataclasses.replace(latest, state=state))
+    with pytest.raises(StateError, match="The saved state is none of FedAvg"):
+        run(tmp_path, ["num_server_rounds=5"], resume=str(folder))
+    assert same(before, adapter(folder))
