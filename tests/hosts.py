@@ -71,6 +71,15 @@ def _port(space: str) -> str:
     return f"to-{space}"[:15]
 
 
+def carried(place: Place) -> tuple[int, int]:
+    """Count the bytes that a host's link has carried from it and to it, all protocols' own included."""
+    command = ["ip", "netns", "exec", place.prefix[3], "cat"]
+    counters = [f"/sys/class/net/eth/statistics/{way}_bytes" for way in ("tx", "rx")]
+    read = subprocess.run([*command, *counters], check=True, capture_output=True, text=True)
+    sent, received = (int(line) for line in read.stdout.split())
+    return sent, received
+
+
 def cut(place: Place) -> None:
     """Take a host's link down."""
     _in(place.prefix[3], "ip", "link", "set", "eth", "down")
