@@ -171,9 +171,8 @@ def _images(folder: Path) -> list[Path]:
         raise DataError(f"There is no folder {str(folder)!r}; IMAGES must be a folder of images.")
     if files := images_in(folder):
         return files
-    raise DataError(
-        f"{str(folder)!r} holds no images: no file with one of the suffixes {', '.join(sorted(IMAGE_SUFFIXES))}."
-    )
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+    raise DataError(f"{str(folder)!r} holds no images: no file with one of the suffixes {suffixes}.")
 
 
 def _progress(*, quiet: bool) -> Progress:

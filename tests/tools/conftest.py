@@ -1,4 +1,4 @@
-"""Small finished runs, made once: of digits, with personal models, with a backbone that was delivered, with a fixed A."""
+"""Small finished runs, made once: of digits, with personal models, with a fixed A, with a delivered backbone."""
 
 import pytest
 from PIL import Image

@@ -95,7 +95,7 @@ def test_a_clients_own_model_is_exported_with_a_card_of_its_own(exported):
 
 @pytest.mark.slow
 def test_onnx_takes_any_number_of_images_and_says_what_they_are(exported):
-    run, folder = exported("flowers_run")
+    _, folder = exported("flowers_run")
     path = folder / "onnx" / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path)
