@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -52,6 +53,14 @@ model = open_adapter(Path("<the run folder>"))
 or build that timm model with its weights and {num_classes} outputs yourself and call
 `PeftModel.from_pretrained(model, "<this folder>")`. The head comes with it, and stands in `head.safetensors` too. The
 whole config is in `../config.yaml`, the metrics per round in `../metrics.jsonl`.
+`python -m tools.export <the run folder>` makes forms of it that need no Petalwise.
+"""
+
+PERSONAL = """
+## Personal models
+
+`personal.safetensors` holds adapter and head of each of these clients: {clients}. `client="{first}"` makes
+`open_adapter` open the model of client {first}, and `--client {argument}` makes `tools.export` export it.
 """
 
 
@@ -84,16 +93,22 @@ def save_adapter(
     views = model.layout.views(model.flat.detach().cpu())
     head = {spec.name: views[spec.name].clone() for spec in model.layout.tensors if spec.unit == HEAD}
     save_file(head, folder / "head.safetensors")
-    (folder / "petalwise.json").write_text(json.dumps({"base": model.base, "classes": class_names}), encoding="utf-8")
+    facts = {"base": model.base, "classes": class_names, "strategy": run.choice, "evaluated": evaluated}
+    (folder / "petalwise.json").write_text(json.dumps(facts), encoding="utf-8")
     (folder / "README.md").write_text(_card(model, run, class_names, reports, evaluated), encoding="utf-8")
 
 
 def save_personal(folder: Path, models: Mapping[str, torch.Tensor]) -> None:
-    """Save clients' own models beside the adapter: in ``personal.safetensors``, flat values ``client.<name>``."""
-    if models:
-        save_file(
-            {f"client.{name}": flat.contiguous() for name, flat in models.items()}, folder / "personal.safetensors"
-        )
+    """Save clients' own models beside the adapter, and say so in its card.
+
+    They go into ``personal.safetensors``, as flat values ``client.<name>``.
+    """
+    if not models:
+        return
+    save_file({f"client.{name}": flat.contiguous() for name, flat in models.items()}, folder / "personal.safetensors")
+    names = sorted(models, key=identity_order)
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write(PERSONAL.format(clients=", ".join(names), first=names[0], argument=shlex.quote(names[0])))
 
 
 def open_adapter(run_folder: Path, backbones: Path | None = None, client: str = "") -> peft.PeftModel:

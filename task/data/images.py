@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from flwr.common.logger import log
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -80,16 +81,16 @@ def decode(dataset: "Dataset", image_size: int, root: Path | None = None) -> Ima
     """
     from datasets import Image as ImageFeature
 
-    to_square = _square_transform(image_size)
+    decode_one = image_decoder(image_size)
     images = torch.empty(len(dataset), 3, image_size, image_size, dtype=torch.uint8)
     pixels = images.numpy()  # the same memory; small copies by torch would each wake its threads
     stored = dataset.select_columns(["image"]).cast_column("image", ImageFeature(decode=False))
     failures = []
     for row, record in enumerate(stored):
         try:
-            pixels[row] = np.asarray(to_square(_to_rgb(open_stored(record["image"])))).transpose(2, 0, 1)
+            pixels[row] = decode_one(record["image"])
         except Exception as error:  # Pillow's decoders raise dozens of unrelated types on broken files
-            failures.append(f"{_name(dataset, row, record['image'], root)} ({_reason(error)})")
+            failures.append(f"{_name(dataset, row, record['image'], root)} ({unreadable_reason(error)})")
     if failures:
         failures.sort()
         log(ERROR, "Images that could not be read:\n%s", "\n".join(failures))
@@ -100,6 +101,31 @@ def decode(dataset: "Dataset", image_size: int, root: Path | None = None) -> Ima
     return ImageSet(images, torch.from_numpy(labels_of(dataset)))
 
 
+def image_decoder(image_size: int) -> Callable[[dict[str, Any] | None], NDArray[np.uint8]]:
+    """Make the function that decodes one image as :func:`decode` does all.
+
+    Parameters
+    ----------
+    image_size : int
+        Side of the result, pixels.
+
+    Returns
+    -------
+    callable
+        Maps a stored image, ``{"bytes": ..., "path": ...}``, to uint8 [3, image_size, image_size]. It raises whatever
+        Pillow does of an image that cannot be read; see :func:`unreadable_reason`.
+    """
+    to_square = _square_transform(image_size)
+    return lambda stored: np.asarray(to_square(_to_rgb(open_stored(stored)))).transpose(2, 0, 1)
+
+
+def unreadable_reason(error: Exception) -> str:
+    """Say in a few words why an image could not be decoded, without the folders of this machine."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a kind that Pillow cannot read"
+    return without_folders(str(error).strip() or type(error).__name__)
+
+
 def _name(dataset: "Dataset", row: int, stored: dict[str, Any] | None, root: Path | None) -> str:
     """Name an image by its file inside the data folder, or by its row, from 0, in all parquet files of the split."""
     path = (stored or {}).get("path")
@@ -107,12 +133,6 @@ def _name(dataset: "Dataset", row: int, stored: dict[str, Any] | None, root: Pat
         return os.path.relpath(path, root) if root and Path(path).is_relative_to(root) else Path(path).name
     stored_row = dataset.select_columns([ROW])[row][ROW] if ROW in dataset.column_names else row
     return f"row {stored_row}" + (f", {Path(path).name}" if path else "")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or of a kind that Pillow cannot read"
-    return without_folders(str(error).strip() or type(error).__name__)
 
 
 def _square_transform(image_size: int) -> Callable[[Image.Image], Image.Image]:

@@ -107,7 +107,7 @@ def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.
     splits = [location / name for name in (config.train_split, config.test_split) if name]
     parents = {folder, *(path for path in splits if path.is_dir())}
     names = sorted({path.name for parent in parents for path in parent.iterdir() if _is_class(path)})
-    files = {name: _images_in(folder / name) for name in names}
+    files = {name: images_in(folder / name) for name in names}
     images = [str(path) for paths in files.values() for path in paths]
     if not images:
         raise DataError(
@@ -132,10 +132,22 @@ def _class_root(config: DatasetConfig, split: str, location: Path) -> Path:
     )
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """List a class's images, those of folders inside it too; none where there is no such folder.
+def images_in(folder: Path) -> list[Path]:
+    """List the images of a folder, such as a class's, and of the folders inside it; hidden ones are passed over.
 
     Not by ``Path.rglob``, which passes over folders that it may not read.
+
+    Returns
+    -------
+    list[Path]
+        Sorted; empty where there is no such folder.
+
+    Raises
+    ------
+    DataError
+        If the name of a file is not UTF-8.
+    OSError
+        If a folder cannot be read.
     """
     if not folder.exists():
         return []
@@ -145,7 +157,7 @@ def _images_in(folder: Path) -> list[Path]:
         found += [path for path in map(Path(parent).joinpath, files) if _is_image(path)]
     undecodable = next((path.name for path in found if not _is_utf8(str(path))), None)
     if undecodable is not None:
-        raise DataError(f"The name of the file {undecodable!r} of class '{folder.name}' is not UTF-8; rename it.")
+        raise DataError(f"The name of the file {undecodable!r} in '{folder.name}' is not UTF-8; rename it.")
     return sorted(found)
 
 

@@ -1,6 +1,5 @@
 """The whole analysis: from run folders to a table, plots and a summary."""
 
-import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from pathlib import Path
 
 from task.config import bounded
 from task.device import choose_device
-from task.errors import ConfigError
 from tools.explain.forest import explain
 from tools.explain.learning import LearnOptions
 from tools.explain.plots import draw_plots
@@ -18,6 +16,7 @@ from tools.explain.rows import make_rows
 from tools.explain.summary import Findings, records_of, summary, write_rows
 from tools.explain.table import QUANTILES, derive_table, write_table
 from tools.explain.targets import Learner, Target, TargetStore
+from tools.extras import require_extra
 
 EXTRA = ("shap", "matplotlib")
 """Packages of the extra ``explain``."""
@@ -63,7 +62,7 @@ def explain_runs(
     PetalwiseError
         If the runs, their data or their signals do not allow it.
     """
-    require_extra()
+    require_extra("explain", EXTRA)
     runs = read_runs(folders)
     out.mkdir(parents=True, exist_ok=True)
     targets = learn_targets(runs, TargetStore(out / "targets", learning), compute)
@@ -116,10 +115,3 @@ def learn_targets(runs: Sequence[Run], store: TargetStore, compute: ComputeOptio
             found[record.digest] = target
             print(progress.line(record.label, target, seconds), flush=True)
     return found
-
-
-def require_extra() -> None:
-    """Raise ConfigError if a package of the extra is missing, before hours are spent on learning."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} must be installed: pip install -c constraints.txt -e '.[explain]'.")

@@ -357,7 +357,7 @@ def test_a_class_folder_that_may_not_be_read_is_refused(tmp_path, write_images):
 def test_a_file_name_that_is_not_utf_8_is_refused(tmp_path, write_images):
     write_images(tmp_path / "cat", 2)
     os.rename(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/\xe4.png")
-    with pytest.raises(DataError, match=r"name of the file '.udce4.png' of class 'cat' is not UTF-8"):
+    with pytest.raises(DataError, match=r"name of the file '.udce4.png' in 'cat' is not UTF-8"):
         load_split(DatasetConfig(name="mine", source="folder"), "train", tmp_path, 0)
 
 
