@@ -96,7 +96,7 @@ def open_past(resume: str, given: ComposedRun) -> Past:
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """Digest a config without what may change: SHA-256, hexadecimal."""
-    fixed = {key: value for key, value in _flat(config) if key not in MAY_CHANGE}
+    fixed = {key: value for key, value in flat(config) if key not in MAY_CHANGE}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
@@ -136,9 +136,9 @@ def _changes(saved: Mapping[str, Any], given: ComposedRun) -> dict[str, Any]:
     ConfigError
         If any of it may not change, with the keys and both values.
     """
-    was = dict(_flat(saved))
-    default = dict(_flat(container(compose_run({}).yaml)))
-    asked = {key: value for key, value in _flat(container(given.yaml)) if value != default.get(key)}
+    was = dict(flat(saved))
+    default = dict(flat(container(compose_run({}).yaml)))
+    asked = {key: value for key, value in flat(container(given.yaml)) if value != default.get(key)}
     changes = {key: value for key, value in asked.items() if value != was.get(key)}
     if own := [f"{key}={was[key]}" for key in FIRST_CLASS if key not in asked and was.get(key) != default.get(key)]:
         log(INFO, "The run's own config holds: %s.", ", ".join(own))
@@ -166,10 +166,10 @@ def _compare_versions(checkpoint: Checkpoint) -> None:
         log(WARNING, "Other versions than before (%s): the result may differ in the last bits.", ", ".join(other))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk over a nested config, its keys joined by dots."""
+def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk over a nested config: its keys, joined by dots, and their values."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -134,6 +134,12 @@ class ClientDirectory:
         """Reason by client, of the nodes that cannot take part."""
         return {refusal.client: refusal.reason for refusal in self.refused.values()}
 
+    @property
+    def partitions(self) -> dict[str, str]:
+        """The part of a data set that a client holds, by client, of those that hold one, in identity order."""
+        shares = ((client, self.shares.get(client, "")) for client in self.identities)
+        return {client: share for client, share in shares if 0 < len(share) <= MAX_NAME_LENGTH}
+
     def remember(self, messages: Sequence[Message], identities: Sequence[str]) -> None:
         """Note to whom the messages of a phase went, once the grid has given them their ids."""
         ids = [message.metadata.message_id for message in messages]

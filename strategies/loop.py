@@ -102,6 +102,7 @@ class RoundLoop:
             else:
                 report.bytes_down += content_bytes(message.content)
         report.clients_refused = strategy.directory.refusals
+        report.clients_partition = strategy.directory.partitions
 
     def _train(self, server_round: int, result: Result) -> None:
         """Discover clients that joined, send the model and let the cohort train, merge the replies."""

@@ -45,6 +45,9 @@ class RoundReport:
     """Reason by client whose train or evaluate reply was missing or refused."""
     clients_refused: dict[str, str] = field(default_factory=dict)
     """Reason by client that cannot take part at all: another base model, other classes, no usable data."""
+    clients_partition: dict[str, str] = field(default_factory=dict)
+    """By client that is there, the part of a data set that it holds, such as ``partition 3 of 10``; a client whose
+    images are its own is not named."""
     bytes_down: int = 0
     """Bytes of message contents sent to clients, the question who they are included."""
     bytes_up: int = 0
@@ -55,7 +58,8 @@ class RoundReport:
     """Bytes of adapter and head received, by layer unit."""
     details: dict[str, Any] = field(default_factory=dict)
     """What a strategy tells of its round, such as LIVAR's ``head_weights`` [clients used, classes] and
-    ``adapter_weights`` [clients used, layers], or the ``product_residual`` [layers] of ``lora.merge=product_svd``."""
+    ``adapter_weights`` [clients used, ``layers``], pFedLA's ``alpha`` [clients used, units, ``alpha_clients``], or the
+    ``product_residual`` [layers] of ``lora.merge=product_svd``."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``calibrate``, ``total``, and
     ``wait``: the part of the train phase not explained by the busiest worker's own work."""

@@ -100,7 +100,9 @@ class Livar(LayerwiseStrategy):
         merge_others(merged, vectors, shares, layout)
         self.merge_adapters(merged, vectors, adapter)
         merge_head(merged, vectors, head, self.flat, layout)
-        self.report.details |= {"head_weights": _rounded(head), "adapter_weights": _rounded(adapter)}
+        layers = [layer.name for layer in lora_layers(layout)]
+        found = {"head_weights": _rounded(head), "adapter_weights": _rounded(adapter), "layers": layers}
+        self.report.details |= found
         if self.config.evaluated == "products":
             self._noted = (self._noted[0], stacked_products(vectors, shares, layout))
         return merged

@@ -119,6 +119,7 @@ class PFedLa(KeepingStrategy):
         self.bank.step(chosen, gain)
         if alpha.numel() <= MAX_REPORTED:
             self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
+            self.report.details["alpha_clients"] = list(self.clients)
         return self.store.mean()
 
     def state_dict(self) -> dict[str, Any]:

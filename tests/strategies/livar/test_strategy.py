@@ -143,6 +143,7 @@ def test_golden_case_in_a_run():
     found = run(signals, layout=SIX_LAYERS)
     close(factors_of(found.flat, SIX_LAYERS), weighted_factors(GOLDEN.numpy(), layout=SIX_LAYERS))
     np.testing.assert_allclose(found.reports[1].details["adapter_weights"], GOLDEN.numpy(), atol=2e-6)
+    assert found.reports[1].details["layers"] == [layer.name for layer in lora_layers(SIX_LAYERS)]
 
 
 @pytest.mark.parametrize("count", [0, 1])

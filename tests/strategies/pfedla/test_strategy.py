@@ -150,6 +150,7 @@ def test_other_options_run(options):
     assert np.isfinite(flat).all()
     alpha = np.array(reports[3].details["alpha"])
     np.testing.assert_allclose(alpha.sum(-1), 1, atol=1e-3)
+    assert reports[3].details["alpha_clients"] == NAMES
 
 
 def test_a_state_goes_on_where_it_was():
