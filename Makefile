@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo debug check-node explain predict export certificates node-key lint types test test-quick test-faults clean
+.PHONY: help setup demo bench debug check-node explain predict export certificates node-key lint types test test-quick test-faults clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -50,6 +50,9 @@ lint: $(STAMP) ## Check style, formatting and the direction of imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP) ## Measure how fast the app is: docs/results/speed.md, runs/bench/speed.json [ARGS="--only step"].
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 types: $(STAMP) ## Check types.
 	$(BIN)/mypy

@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, MetricRecord
 
 from strategies.arithmetic import sample_weights, weighted_sum
 from strategies.context import TaskContext
+from strategies.merging import merge_products, same_for_all_layers
 from strategies.pfedla import PFedLa, PFedLaConfig
 from strategies.replies import Update
 from strategies.report import RoundReport
@@ -26,6 +27,7 @@ from task.units import Layout, make_layout
 
 WIDTHS = {"vit_b": 768, "vit_ti": 192}
 REPEATS = 3
+APP = Path(__file__).resolve().parents[1]
 
 
 def adapter_layout(model: str, rank: int, classes: int = 100) -> Layout:
@@ -111,11 +113,31 @@ def aggregation(model: str, rank: int, clients: int) -> dict[str, float]:
     }
 
 
+def svd_merge(model: str, rank: int, clients: int) -> dict[str, float]:
+    """Merge clients' products of factors in all layers of a model, by QR and SVD (``lora.merge=product_svd``)."""
+    layout = adapter_layout(model, rank)
+    vectors = [torch.randn(layout.size) for _ in range(clients)]
+    weights = same_for_all_layers(sample_weights([1] * clients), layout)
+    before = peak_bytes(reset=True)
+    merging = seconds(lambda: merge_products(torch.zeros(layout.size), vectors, weights, layout))
+    return {"seconds": statistics.median(merging), "extra_memory_gb": (peak_bytes() - before) / 1e9}
+
+
 CASES: dict[str, Callable[[], dict[str, float]]] = {
     "pfedla_vit_b_r16_100_of_100": lambda: pfedla_step("vit_b", 16, 100, 100),
     "pfedla_vit_ti_r8_50_of_1000": lambda: pfedla_step("vit_ti", 8, 1000, 50),
     "aggregation_100_vit_b_r16": lambda: aggregation("vit_b", 16, 100),
+    "svd_merge_10_vit_b_r16": lambda: svd_merge("vit_b", 16, 10),
+    "svd_merge_100_vit_b_r16": lambda: svd_merge("vit_b", 16, 100),
 }
+
+
+def in_own_process(name: str) -> dict[str, float]:
+    """Run a case in a process of its own, so that its peak memory is its own."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--here", "--only", name]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=APP).stdout
+    found: dict[str, float] = json.loads(printed)
+    return found
 
 
 def main() -> None:
@@ -130,8 +152,7 @@ def main() -> None:
         return
     found = {}
     for name in [arguments.only] if arguments.only else CASES:
-        command = [sys.executable, "-m", "benchmarks.scale", "--here", "--only", name]
-        found[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found[name] = in_own_process(name)
         print(f"{name} ({torch.get_num_threads()} threads)")
         for key, value in found[name].items():
             print(f"    {key:36} {value:8.3f}")

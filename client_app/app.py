@@ -120,7 +120,9 @@ def train_round(message: Message, context: Context) -> Message:
         metrics |= {f"test-{key}": value for key, value in _score_metrics(score).items()}
     since = last_epoch_start(len(data.train), task.train)
     with Recorder(instruction.signals, worker.model, worker.optimizer, since) as recorder:
+        started = time.perf_counter()
         outcome = _train(worker, node, instruction, "", recorder, optimizer_state)
+        metrics["train-seconds"] = time.perf_counter() - started
     arrays = {ARRAYS: exchanger.send(worker.optimizer)}
     if instruction.signals.anything:
         generator = generator_for(task.seed, "signals", instruction.server_round, node.name)

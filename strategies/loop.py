@@ -53,8 +53,9 @@ class RoundLoop:
         if 0 < self.first_round <= self.num_rounds:
             self.strategy.report = RoundReport(self.first_round - 1)
             self._wait_for_clients()
+        kept: dict[str, float] = {}
         for server_round in range(self.first_round, self.num_rounds + 1):
-            self.strategy.report = RoundReport(server_round)
+            self.strategy.report = RoundReport(server_round, seconds=kept)
             with self._timed("total"):
                 if server_round == 0:
                     self._wait_for_clients()
@@ -63,8 +64,10 @@ class RoundLoop:
                     self._calibrate(server_round, result)
                     self._evaluate(server_round, result)
                 self._evaluate_centrally(server_round, result)
+            began = time.perf_counter()
             if self.on_round:
                 self.on_round(self.strategy.report)
+                kept = {"keep": round(time.perf_counter() - began, 4)}
             self._stop_if_hopeless(server_round)
         if self.first_round > self.num_rounds:  # all rounds were done before, well or badly
             self._stop_if_hopeless(self.num_rounds)
@@ -112,7 +115,9 @@ class RoundLoop:
         with self._timed("train"):
             messages = strategy.configure_train(server_round, result.arrays, self.train_config, self.grid)
             replies = self._exchange_masked(messages) if strategy.privacy.config.masked else self._exchange(messages)
-        seconds["wait"] = round(max(0.0, seconds["train"] - _busiest_worker_seconds(replies)), 4)
+        busy, steps = (_busiest_worker_seconds(replies, metric) for metric in ("seconds", "train-seconds"))
+        seconds["wait"] = round(max(0.0, seconds["train"] - busy), 4)
+        seconds["steps"] = round(min(max(0.0, steps), seconds["train"]), 4)
         with self._timed("aggregate"):
             arrays, metrics = strategy.aggregate_train(server_round, replies)
         if arrays is not None and metrics is not None:
@@ -214,13 +219,13 @@ class RoundLoop:
         seconds[step] = round(seconds.get(step, 0.0) + time.perf_counter() - began, 4)
 
 
-def _busiest_worker_seconds(replies: Iterable[Message]) -> float:
-    """Seconds that the busiest worker process spent on its clients, by the clients' own account."""
+def _busiest_worker_seconds(replies: Iterable[Message], metric: str) -> float:
+    """Seconds that the busiest worker process spent on its clients, by a metric of the clients' own account."""
     busy: dict[str, float] = {}
     for reply in replies:
         if reply.has_content():
             config = reply.content.config_records.get(CONFIG, ConfigRecord())
             worker = str(config.get("worker", reply.metadata.src_node_id))
-            seconds = first_metrics(reply).get("seconds", 0.0)
+            seconds = first_metrics(reply).get(metric, 0.0)
             busy[worker] = busy.get(worker, 0.0) + (float(seconds) if isinstance(seconds, int | float) else 0.0)
     return max(busy.values(), default=0.0)

@@ -61,8 +61,10 @@ class RoundReport:
     ``adapter_weights`` [clients used, ``layers``], pFedLA's ``alpha`` [clients used, units, ``alpha_clients``], or the
     ``product_residual`` [layers] of ``lora.merge=product_svd``."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``calibrate``, ``total``, and
-    ``wait``: the part of the train phase not explained by the busiest worker's own work."""
+    """Wall-clock: ``train`` (phase), ``evaluate`` (clients' and central), ``aggregate``, ``calibrate``, ``total``;
+    ``wait``: the part of the train phase not explained by the busiest worker's own work, and ``steps``: the part of it
+    in which the busiest worker took batches and optimizer steps; ``keep``: what recording the round before took,
+    outside of ``total``."""
 
     cohort: int = 0
     """Number of clients that were asked to train."""

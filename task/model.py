@@ -13,6 +13,7 @@ from task.backbone import base_hash, build_backbone, head_name
 from task.config import LoraConfig, TaskConfig
 from task.errors import ModelError
 from task.libraries import peft
+from task.lora import make_lean
 from task.seeding import derive_seed
 from task.units import Layout, head_specs, make_layout
 
@@ -155,6 +156,7 @@ def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) 
     backbone = build_backbone(task.backbone, num_classes, folder, task.seed)
     base, head = base_hash(backbone), head_name(backbone)
     module = add_adapter(backbone, task.lora, task.seed).eval()
+    make_lean(module)
     if task.lora.freeze_a:
         base = with_frozen_factors(base, module)
     shapes = {canonical_name(name): p.shape for name, p in module.named_parameters() if p.requires_grad}

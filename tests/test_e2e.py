@@ -57,7 +57,8 @@ def test_a_run_completes_and_has_the_same_bits_as_in_one_process(superlink, tmp_
     assert [report["server_round"] for report in reports] == [0, 1, 2, 3]
     assert all(len(report["clients_used"]) == 2 and not report["clients_dropped"] for report in reports[1:])
     assert [len(report["clients_accuracy"]) for report in reports[1:]] == [0, 4, 4]
-    assert all(set(report["seconds"]) == {"train", "wait", "aggregate", "evaluate", "total"} for report in reports[2:])
+    parts = {"train", "wait", "steps", "aggregate", "evaluate", "total", "keep"}
+    assert all(set(report["seconds"]) == parts for report in reports[2:])
 
     overrides = ["strategy=fedprox", "num_server_rounds=3", *TINY.split()]
     command = [sys.executable, "-m", "tools.debug", "--clients", "4", f"runs_dir={tmp_path / 'process'}", *overrides]

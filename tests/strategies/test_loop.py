@@ -143,19 +143,43 @@ def test_the_seconds_of_every_step_are_told_apart():
     _, reports = start(sleeping("measure"), rounds=2, strategy=calibrating(), evaluate_fn=evaluate)
     first, second, third = (report.seconds for report in reports)
     assert set(first) == {"evaluate", "total"}
-    assert set(second) == {"train", "wait", "aggregate", "evaluate", "total"}
+    assert set(second) == {"train", "wait", "steps", "aggregate", "evaluate", "total", "keep"}
     assert set(third) == set(second) | {"calibrate"}
     assert third["calibrate"] >= 3 * SOME_SECONDS
     for seconds in (first, second, third):
         assert seconds["evaluate"] >= SOME_SECONDS
-        steps = sum(value for key, value in seconds.items() if key not in ("total", "wait"))
-        assert steps <= seconds["total"] + 1e-3
+        parts = sum(value for key, value in seconds.items() if key not in ("total", "wait", "steps", "keep"))
+        assert parts <= seconds["total"] + 1e-3
+
+
+def test_what_keeping_a_round_takes_is_told_with_the_next():
+    reports = []
+
+    def keep(report):
+        time.sleep(SOME_SECONDS)
+        reports.append(report)
+
+    make_strategy("fedavg").start(
+        ShufflingGrid(scripted_app(Script()), NAMES), initial_arrays(), num_rounds=2, on_round=keep
+    )
+    assert "keep" not in reports[0].seconds
+    assert all(report.seconds["keep"] >= SOME_SECONDS for report in reports[1:])
+
+
+def test_the_steps_are_those_of_the_busiest_worker():
+    def edit(name, server_round, content):
+        time.sleep(SOME_SECONDS)
+        content[METRICS]["train-seconds"] = SOME_SECONDS / 2
+        content[CONFIG]["worker"] = name
+        return content
+
+    assert start(Script(edit=edit))[1][1].seconds["steps"] == SOME_SECONDS / 2
 
 
 def test_what_does_not_happen_takes_no_time():
     _, reports = start(evaluate_clients="off")
     assert set(reports[0].seconds) == {"total"}
-    assert set(reports[1].seconds) == {"train", "wait", "aggregate", "total"}
+    assert set(reports[1].seconds) == {"train", "wait", "steps", "aggregate", "total", "keep"}
 
 
 def busy(seconds, worker=lambda name: name):

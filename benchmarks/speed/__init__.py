@@ -1,0 +1,1 @@
+"""How fast the app is, as ratios taken in one run; ``python -m benchmarks.speed`` runs all of it."""

@@ -1,0 +1,154 @@
+"""The arms of a comparison: this app through ``flwr run``, other Flower apps, and a plain loop; each run by run."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+from safetensors.torch import load_file
+
+from benchmarks.speed.floor import ArmRun, Floor
+from benchmarks.speed.settings import Setting
+from task.config import task_to_json
+from task.errors import PetalwiseError
+from task.model import canonical_name
+from tools.simulation import SimulationSuperLink
+
+APP = Path(__file__).resolve().parents[2]
+RUN_SECONDS = 1800.0
+"""How long a run may take; a minute or two on two cores."""
+SHARED = ("task", "strategies")
+"""Packages of the app that the others' bundles take along."""
+
+
+class Arm(Protocol):
+    """One way to run a setting."""
+
+    def run(self, setting: Setting) -> ArmRun:
+        """Run it once, from the start."""
+        ...
+
+
+class FloorArm:
+    """The plain loop."""
+
+    def run(self, setting: Setting) -> ArmRun:
+        """Run it once, from the start."""
+        return Floor(setting).run_in_processes()
+
+
+class AppArm:
+    """The app, through ``flwr run``.
+
+    Parameters
+    ----------
+    link : SimulationSuperLink
+        Where it runs.
+    """
+
+    def __init__(self, link: SimulationSuperLink) -> None:
+        self._link = link
+
+    def run(self, setting: Setting) -> ArmRun:
+        """Run it once, from the start."""
+        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
+            _completed(self._link, APP, setting.run_config, setting.clients, Path(scratch))
+            (folder,) = Path(scratch).iterdir()
+            reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        seconds = [report["seconds"] for report in reports[2:]]
+        parts = {name: sum(taken.get(name, 0.0) for taken in seconds) / len(seconds) for name in seconds[0]}
+        adapter = {canonical_name(name): value for name, value in saved.items()}
+        return ArmRun([taken["total"] + taken["keep"] for taken in seconds], parts, adapter)
+
+
+class TutorialArm:
+    """The Flower app in :mod:`benchmarks.speed.apps.tutorial`."""
+
+    def __init__(self, link: SimulationSuperLink) -> None:
+        self._link = link
+
+    def run(self, setting: Setting) -> ArmRun:
+        """Run it once, from the start."""
+        run = setting.compose()
+        config = {
+            "task": task_to_json(run.settings),
+            "rounds": setting.rounds,
+            "clients": setting.clients,
+            "fraction-train": run.strategy.fraction_train,
+        }
+        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
+            out = run_other_app(self._link, "tutorial", config, setting.clients, Path(scratch))
+            ended: list[float] = json.loads((out / "ended.json").read_text())
+            adapter = load_file(out / "adapter.safetensors")
+        return ArmRun([b - a for a, b in pairwise(ended[1:])], {}, adapter)
+
+
+class EmptyArm:
+    """The Flower app in :mod:`benchmarks.speed.apps.empty`, with as many values and clients."""
+
+    def __init__(self, link: SimulationSuperLink, size: int) -> None:
+        self._link, self._size = link, size
+
+    def run(self, setting: Setting) -> ArmRun:
+        """Run it once, from the start."""
+        cohort = round(setting.compose().strategy.fraction_train * setting.clients)
+        config = {"size": self._size, "rounds": 10, "clients": setting.clients, "cohort": cohort}
+        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
+            out = run_other_app(self._link, "empty", config, setting.clients, Path(scratch))
+            rounds = json.loads((out / "rounds.json").read_text())[1:]
+        parts = {name: sum(taken[name] for taken in rounds) / len(rounds) for name in rounds[0]}
+        return ArmRun([sum(taken.values()) for taken in rounds], parts, {})
+
+
+def run_other_app(
+    link: SimulationSuperLink, name: str, config: Mapping[str, str | float], clients: int, scratch: Path
+) -> Path:
+    """Put an app of :mod:`benchmarks.speed.apps` and what it imports into a folder of its own, and run it.
+
+    Parameters
+    ----------
+    link : SimulationSuperLink
+        Where it runs.
+    name : str
+        Its module.
+    config : Mapping[str, str or float]
+        Its run config; ``out`` is added.
+    clients : int
+        Number of simulated nodes.
+    scratch : Path
+        An empty folder.
+
+    Returns
+    -------
+    Path
+        The folder ``out``, in which the app has written what it found.
+    """
+    app, out = scratch / "app", scratch / "out"
+    out.mkdir()
+    for package in SHARED:
+        shutil.copytree(APP / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).parent / "apps" / f"{name}.py", app / f"{name}_app.py")
+    shutil.copy(APP / "LICENSE", app)
+    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**config, "out": str(out)}.items())
+    (app / "pyproject.toml").write_text(
+        f'[project]\nname = "{name}"\nversion = "1.0.0"\ndescription = "An arm of a benchmark"\n'
+        f'license = {{ file = "LICENSE" }}\ndependencies = []\n\n'
+        f'[tool.flwr.app]\npublisher = "petalwise"\nfab-format-version = 1\nflwr-version-target = "1.41.0"\n'
+        f'fab-include = ["**/*.py", "task/weights/*.json", "LICENSE"]\n\n'
+        f'[tool.flwr.app.components]\nserverapp = "{name}_app:server"\nclientapp = "{name}_app:client"\n\n'
+        f"[tool.flwr.app.config]\n{entries}\n",
+        encoding="utf-8",
+    )
+    _completed(link, app, [f"out={json.dumps(str(out))}"], clients, out)
+    return out
+
+
+def _completed(link: SimulationSuperLink, app: Path, run_config: list[str], clients: int, runs_dir: Path) -> None:
+    """Run an app to its end, or raise a PetalwiseError with the end of its log."""
+    outcome = link.run(app, run_config=run_config, clients=clients, runs_dir=runs_dir, timeout=RUN_SECONDS, output=None)
+    if not outcome.completed:
+        raise PetalwiseError(outcome.summary)

@@ -1,0 +1,185 @@
+"""The floor of a simulation: the same clients, batches, model and evaluation in plain PyTorch, without a framework.
+
+Worker processes of one thread each keep model and images in memory; the adapters lie in memory that all share.
+"""
+
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks.speed.settings import WORKERS, Setting
+from client_app.node import Node
+from client_app.worker import Worker
+from strategies.cohort import draw_cohort
+from task.config import task_from_json, task_to_json
+from task.data.batches import Normaliser, train_batches
+from task.data.images import decode
+from task.data.sources import load_split
+from task.evaluation import evaluate
+from task.model import build_model
+from task.seeding import derive_seed, generator_for
+
+ACTORS_NICENESS = 15
+"""That of Ray's workers, so that other load on the machine hinders both alike."""
+
+
+@dataclass(frozen=True)
+class ArmRun:
+    """What one run of an arm gave."""
+
+    rounds: list[float]
+    """Seconds of each measured round."""
+    parts: dict[str, float]
+    """Seconds of the parts of a measured round, mean."""
+    adapter: dict[str, Tensor]
+    """Adapter and head after the last round, by name; empty where nothing is trained."""
+
+
+class FloorWorker:
+    """One worker process: its model, and all clients' images.
+
+    Parameters
+    ----------
+    task : str
+        The task config as JSON.
+    clients : int
+        Number of clients.
+    received : Tensor, shared, [n]
+        Adapter and head that every client starts from.
+    trained : Tensor, shared, [clients, n]
+        Where a client's row takes what it has trained.
+    """
+
+    def __init__(self, task: str, clients: int, received: Tensor, trained: Tensor) -> None:
+        self.received, self.trained = received, trained
+        self.worker = Worker(task_from_json(task), None, None)
+        configs = [{"partition-id": index, "num-partitions": clients} for index in range(clients)]
+        self.nodes = [Node.from_config(config, index) for index, config in enumerate(configs)]
+        self.data = [self.worker.client_data(node) for node in self.nodes]
+        self.model = self.worker.model
+
+    def train(self, client: int, server_round: int) -> int:
+        """Train one client for a round in a plain loop; return how many images it has."""
+        task, model, node = self.worker.task, self.model, self.nodes[client]
+        model.flat.detach().copy_(self.received)
+        model.module.train()
+        options = task.train
+        optimizer = torch.optim.AdamW([model.flat], lr=options.lr, weight_decay=options.weight_decay, fused=True)
+        for images, labels in train_batches(
+            self.data[client].train,
+            options.batch_size,
+            options.local_epochs,
+            options.max_steps,
+            options.augment,
+            self.worker.normaliser,
+            generator_for(task.seed, "batches", server_round, node.name),
+        ):
+            optimizer.zero_grad(set_to_none=False)
+            loss = F.cross_entropy(model(images), labels)
+            torch.autograd.backward(loss)
+            optimizer.step()
+        self.trained[client].copy_(model.flat.detach())
+        return len(self.data[client].train)
+
+    def evaluate(self, client: int) -> float:
+        """Evaluate the received model on a client's test images; return its accuracy."""
+        self.model.flat.detach().copy_(self.received)
+        return evaluate(self.model, self.data[client].test, self.worker.normaliser).accuracy
+
+
+_worker: FloorWorker
+
+
+def start_worker(task: str, clients: int, received: Tensor, trained: Tensor) -> None:
+    """Make this process's worker."""
+    global _worker
+    _worker = FloorWorker(task, clients, received, trained)
+
+
+def start_process(task: str, clients: int, received: Tensor, trained: Tensor) -> None:
+    """Make this process a worker process, of one thread and as patient as Ray's."""
+    torch.set_num_threads(1)
+    os.nice(ACTORS_NICENESS)
+    start_worker(task, clients, received, trained)
+
+
+def _train(client: int, server_round: int) -> int:
+    return _worker.train(client, server_round)
+
+
+def _evaluate(client: int) -> float:
+    return _worker.evaluate(client)
+
+
+class Floor:
+    """Federated averaging over worker processes; every round is timed.
+
+    Parameters
+    ----------
+    setting : Setting
+        What is simulated.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self.run_config, self.clients = setting.compose(), setting.clients
+        task = self.run_config.settings
+        split = load_split(task.dataset, "test", None, derive_seed(task.seed, "dataset"))
+        self.test = decode(split, task.backbone.image_size)
+        self.model = build_model(task, len(split.features["label"].names))
+        self.normaliser = Normaliser.of(task.backbone.mean, task.backbone.std)
+        self.received = torch.from_numpy(self.model.read()).share_memory_()
+        self.trained = torch.zeros(setting.clients, len(self.received)).share_memory_()
+
+    @property
+    def arguments(self) -> tuple[str, int, Tensor, Tensor]:
+        """What a worker is made from."""
+        return task_to_json(self.run_config.settings), self.clients, self.received, self.trained
+
+    def run_in_processes(self) -> ArmRun:
+        """Run all rounds over worker processes."""
+        with ProcessPoolExecutor(WORKERS, get_context("spawn"), start_process, self.arguments) as pool:
+            return self.run(pool)
+
+    def run(self, pool: Executor) -> ArmRun:
+        """Run all rounds over a pool of workers; the first warms up."""
+        parts: dict[str, float] = {}
+        taken = []
+        for server_round in range(1, self.run_config.settings.num_server_rounds + 1):
+            began = time.perf_counter()
+            found = self._round(pool, server_round)
+            if server_round > 1:
+                taken.append(time.perf_counter() - began)
+                parts = {name: parts.get(name, 0.0) + seconds for name, seconds in found.items()}
+        views = self.model.layout.views(self.received)
+        adapter = {name: value.clone() for name, value in views.items()}
+        return ArmRun(taken, {name: seconds / len(taken) for name, seconds in parts.items()}, adapter)
+
+    def _round(self, pool: Executor, server_round: int) -> dict[str, float]:
+        """Train the cohort, average, let all clients and the server evaluate; seconds by part."""
+        task, strategy = self.run_config.settings, self.run_config.strategy
+        everyone = [str(client) for client in range(self.clients)]
+        drawn = draw_cohort(everyone, strategy.fraction_train, strategy.min_clients, task.seed, server_round)
+        cohort, marks = [int(client) for client in drawn], [time.perf_counter()]
+        counts = list(pool.map(_train, cohort, [server_round] * len(cohort)))
+        marks.append(time.perf_counter())
+        self.received.copy_(weighted_mean(self.trained[cohort], counts))
+        marks.append(time.perf_counter())
+        list(pool.map(_evaluate, range(self.clients)))
+        self.model.flat.detach().copy_(self.received)
+        evaluate(self.model, self.test, self.normaliser)
+        marks.append(time.perf_counter())
+        names = ("train", "aggregate", "evaluate")
+        return {name: marks[number + 1] - marks[number] for number, name in enumerate(names)}
+
+
+def weighted_mean(rows: Tensor, counts: Iterable[int]) -> Tensor:
+    """Average rows [clients, n], weighted by numbers of images."""
+    weights = torch.tensor(list(counts), dtype=torch.float32)
+    return (weights / weights.sum()) @ rows

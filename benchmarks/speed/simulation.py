@@ -1,0 +1,88 @@
+"""Rounds of a simulation against a plain loop, against a tutorial's Flower app, and beside an empty one."""
+
+from benchmarks.speed.agreement import check_same
+from benchmarks.speed.arms import AppArm, Arm, EmptyArm, FloorArm, TutorialArm
+from benchmarks.speed.floor import ArmRun
+from benchmarks.speed.ratios import Ratio
+from benchmarks.speed.results import Found, Table
+from benchmarks.speed.settings import SETTINGS, Setting
+from tools.simulation import SimulationSuperLink
+
+SPEEDUP = 2.0
+"""What is aimed at against the tutorial's app."""
+
+
+def measure(repeats: int) -> Found:
+    """Run all arms of both settings, in turn.
+
+    Parameters
+    ----------
+    repeats : int
+        Runs of the floor and of the app in each setting; every steady round of them is a pair. The tutorial's app is
+        run once: it is several times as slow.
+    """
+    ratios, tables = {}, []
+    with SimulationSuperLink() as link:
+        for setting in SETTINGS.values():
+            floors, apps = _in_turn(FloorArm(), AppArm(link), setting, repeats)
+            ratios[f"simulation_efficiency.{setting.name}"] = _paired(floors, apps, setting.target)
+            size = sum(value.numel() for value in apps[0].adapter.values())
+            empty = EmptyArm(link, size).run(setting)
+            tables.append(parts_table(setting, apps, floors, empty))
+            if setting.name == "overhead_bound":
+                tutorial = TutorialArm(link).run(setting)
+                check_same(tutorial.adapter, apps[0].adapter)
+                ratios["naive_speedup"] = _paired([tutorial] * len(apps), apps, SPEEDUP)
+    return Found(ratios, tables)
+
+
+def _in_turn(floor: Arm, app: Arm, setting: Setting, repeats: int) -> tuple[list[ArmRun], list[ArmRun]]:
+    """Run two arms in turn, the second first every other time; their final adapters must agree."""
+    floors, apps = [], []
+    for repeat in range(repeats):
+        if repeat % 2:
+            apps.append(app.run(setting))
+        floors.append(floor.run(setting))
+        if not repeat % 2:
+            apps.append(app.run(setting))
+        check_same(apps[-1].adapter, floors[-1].adapter)
+    return floors, apps
+
+
+def _paired(over: list[ArmRun], under: list[ArmRun], target: float) -> Ratio:
+    """Divide round by round: the same round has the same cohort and the same batches in every arm."""
+    return Ratio.between(
+        [seconds for run in over for seconds in run.rounds],
+        [seconds for run in under for seconds in run.rounds],
+        target,
+    )
+
+
+def parts_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun], empty: ArmRun) -> Table:
+    """Say where the time of a steady round goes, in seconds and as a share of the app's round."""
+    app, floor = mean_parts(apps), mean_parts(floors)
+    received = app["train"] - app["wait"] - app["steps"]
+    rows = [
+        ("batches and optimizer steps of the busiest worker", app["steps"], None, None),
+        ("its other work: messages read and written, values copied into the model", received, None, None),
+        ("Flower's queues and transfers, and the end of the phase", app["wait"], None, empty.parts["train"]),
+        ("training phase, all of the above", app["train"], floor["train"], empty.parts["train"]),
+        ("checks and aggregation", app["aggregate"], floor["aggregate"], None),
+        ("evaluation by clients and server", app["evaluate"], floor["evaluate"], empty.parts["evaluate"]),
+        ("metrics and checkpoint written", app["keep"], None, None),
+    ]
+    rows.append(("round", app["round"], floor["round"], sum(empty.parts.values())))
+    cells = [
+        [what, f"{mine:.3f}", f"{100 * mine / app['round']:.1f} %", *("" if v is None else f"{v:.3f}" for v in others)]
+        for what, mine, *others in rows
+    ]
+    columns = ["seconds per round", "`flwr run`", "share", "plain loop", "empty Flower app"]
+    return Table(f"Where a round goes: {setting.shown}", columns, cells)
+
+
+def mean_parts(runs: list[ArmRun]) -> dict[str, float]:
+    """Average the parts of a round over runs, and the round itself."""
+    names = runs[0].parts
+    found = {name: sum(run.parts[name] for run in runs) / len(runs) for name in names}
+    rounds = [seconds for run in runs for seconds in run.rounds]
+    return {**found, "round": sum(rounds) / len(rounds)}

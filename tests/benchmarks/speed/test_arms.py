@@ -1,0 +1,108 @@
+"""The arms compute the same; how fast they are is no matter of a test."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from safetensors.torch import load_file
+
+from benchmarks.speed.agreement import check_same
+from benchmarks.speed.apps import empty, tutorial
+from benchmarks.speed.floor import Floor, start_worker
+from benchmarks.speed.settings import SETTINGS, Setting
+from benchmarks.speed.step import Client, step_seconds, step_task
+from client_app.app import app
+from server_app.app import run_federation
+from task.config import task_to_json
+from task.errors import PetalwiseError
+from task.model import canonical_name
+from tools.debug import InProcessGrid, simulated_nodes
+
+SMALL = Setting(
+    "overhead_bound",
+    "tiny",
+    clients=4,
+    rounds=2,
+    overrides=(
+        "backbone=vit_pico_random",
+        "backbone.arguments={patch_size:8,embed_dim:32,depth:2,num_heads:2}",
+        "dataset.max_train_samples=200",
+        "dataset.max_test_samples=20",
+        "partition=iid",
+        "strategy.fraction_train=0.5",
+        "train.max_steps=3",
+    ),
+    target=0.0,
+)
+
+
+def in_process(client, config):
+    grid = InProcessGrid(client, simulated_nodes(SMALL.clients))
+    for context in grid.contexts.values():
+        context.run_config.update(config)
+    return grid
+
+
+def server_context(config):
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+
+
+def app_adapter(folder):
+    run = SMALL.compose()
+    run.settings.runs_dir = str(folder)
+    saved = load_file(run_federation(in_process(app, {}), run) / "adapter" / "adapter_model.safetensors")
+    return {canonical_name(name): value for name, value in saved.items()}
+
+
+def tutorial_adapter(folder):
+    folder.mkdir()
+    config = {
+        "task": task_to_json(SMALL.compose().settings),
+        "rounds": SMALL.rounds,
+        "clients": SMALL.clients,
+        "fraction-train": 0.5,
+        "out": str(folder),
+    }
+    tutorial.server(in_process(tutorial.client, config), server_context(config))
+    assert len(json.loads((folder / "ended.json").read_text())) == 1 + SMALL.rounds
+    return load_file(folder / "adapter.safetensors")
+
+
+def test_the_app_the_plain_loop_and_the_tutorials_app_end_with_the_same_adapter(tmp_path):
+    floor = Floor(SMALL)
+    with ThreadPoolExecutor(1, initializer=start_worker, initargs=floor.arguments) as pool:
+        found = floor.run(pool)
+    assert len(found.rounds) == SMALL.rounds - 1
+    assert set(found.parts) == {"train", "aggregate", "evaluate"}
+    ours = app_adapter(tmp_path / "runs")
+    check_same(found.adapter, ours)
+    check_same(tutorial_adapter(tmp_path / "tutorial"), ours)
+
+
+def test_arms_that_differ_are_not_compared():
+    adapter = {"a": torch.tensor([1.0, 2.0])}
+    check_same({"a": torch.tensor([1.0, 2.0001])}, adapter)
+    with pytest.raises(PetalwiseError, match=r"differ by 5\.0e-03"):
+        check_same({"a": torch.tensor([1.0, 2.01])}, adapter)
+    with pytest.raises(PetalwiseError, match="other tensors"):
+        check_same({"b": adapter["a"]}, adapter)
+
+
+def test_the_step_of_the_app_of_peft_and_by_hand_are_measured_where_they_agree():
+    taken = step_seconds(Client(step_task(SMALL)), pairs=2)
+    assert {arm: len(seconds) for arm, seconds in taken.items()} == {"hand": 2, "peft": 2, "app": 2}
+
+
+def test_the_empty_app_measures_its_phases(tmp_path):
+    config = {"size": 8, "rounds": 2, "clients": SMALL.clients, "cohort": 2, "out": str(tmp_path)}
+    empty.server(in_process(empty.client, config), server_context(config))
+    rounds = json.loads((tmp_path / "rounds.json").read_text())
+    assert [set(taken) for taken in rounds] == [{"train", "evaluate"}] * 2
+
+
+def test_both_settings_are_configs_of_the_app():
+    runs = {name: setting.compose() for name, setting in SETTINGS.items()}
+    assert [run.settings.backbone.image_size for run in runs.values()] == [64, 112]
+    assert SETTINGS["overhead_bound"].run_config[0].endswith('" num-server-rounds=6')
