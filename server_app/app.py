@@ -6,16 +6,17 @@ from dataclasses import replace
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, Context, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from server_app.central import central_evaluation
 from server_app.checkpoints import Checkpoint
 from server_app.compose import ComposedRun, compose_run
+from server_app.gathering import GatheringGrid
 from server_app.keeping import RoundKeeping
 from server_app.resuming import open_past
-from server_app.run_folder import RunFolder
+from server_app.run_folder import RunFolder, State
 from server_app.saving import save_adapter, save_personal
 from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
@@ -79,17 +80,25 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
     keeping = RoundKeeping(folder, run, strategy, past.reports if past else [])
+    watched = GatheringGrid(grid, lambda messages, answered: folder.note(_state(messages, answered)))
     try:
-        _run_rounds(grid, run, strategy, model, test, keeping, checkpoint)
-    except StateError:  # the saved state is refused before any round, and the adapter is still that of the past
-        raise
-    except BaseException:
-        with suppress(Exception):  # why the rounds ended is what is to be told
-            _save(folder, strategy, model, run, names, keeping.reports)
+        _run_rounds(watched, run, strategy, model, test, keeping, checkpoint)
+    except BaseException as error:
+        folder.note(State("failed", str(error), strategy.report.server_round))
+        if not isinstance(error, StateError):  # which refuses the saved state; the adapter is still that of the past
+            with suppress(Exception):  # why the rounds ended is what is to be told
+                _save(folder, strategy, model, run, names, keeping.reports)
         raise
     _save(folder, strategy, model, run, names, keeping.reports)
+    folder.note(State("finished", server_round=strategy.report.server_round))
     log(INFO, "%s", _closing(keeping.reports))
     return folder.path
+
+
+def _state(messages: list[Message], answered: int) -> State:
+    """Say what the run is at while the replies to these messages come in."""
+    group, phase = messages[0].metadata.group_id, messages[0].metadata.message_type
+    return State(server_round=int(group or 0), phase=phase, asked=len(messages), answered=answered)
 
 
 def _save(

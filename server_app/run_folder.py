@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,26 @@ from server_app.checkpoints import Checkpoints
 from strategies.replies import Update
 from strategies.report import RoundReport
 from task.errors import ConfigError, StateError
+
+STATE = "state.json"
+
+
+@dataclass
+class State:
+    """What a run is at, for those who watch it."""
+
+    status: str = "running"
+    """``running``, ``finished`` or ``failed``."""
+    reason: str = ""
+    """Why it failed, a sentence."""
+    server_round: int = 0
+    """Server round."""
+    phase: str = ""
+    """Flower's type of the messages that clients have been sent: ``train``, ``evaluate``, ``query.measure``, ..."""
+    asked: int = 0
+    """Number of clients that have been sent one."""
+    answered: int = 0
+    """Number of clients that have replied, well or badly."""
 
 
 class RunFolder:
@@ -111,9 +132,12 @@ class RunFolder:
 
     def write_config(self, config: str) -> None:
         """Write ``config.yaml`` in one go."""
-        part = self.config.with_suffix(".part")
-        part.write_text(config, encoding="utf-8")
-        os.replace(part, self.config)
+        _replace(self.config, config)
+
+    def note(self, state: State) -> None:
+        """Write ``state.json``, what the run is at, in one go; a disk that is full is none of its business."""
+        with suppress(OSError):
+            _replace(self.path / STATE, json.dumps(asdict(state)))
 
     def record(self, server_round: int, received: torch.Tensor, updates: Sequence[Update]) -> None:
         """Keep a round's updates and signals as ``updates/round-<n>.safetensors``.
@@ -135,6 +159,13 @@ class RunFolder:
         folder.mkdir(exist_ok=True)
         metadata = {"clients": json.dumps([update.client for update in updates])}
         save_file(tensors, folder / f"round-{server_round:04d}.safetensors", metadata)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader finds either the old text or the new one."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def _new_folder(parent: Path, name: str) -> Path:

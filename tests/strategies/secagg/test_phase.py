@@ -12,7 +12,13 @@ from tests.server_app.test_app import DIGITS, reports, run
 from tests.server_app.test_privacy import values
 from tools.debug import InProcessGrid, simulated_nodes
 
-ONE_ROUND = [*DIGITS, "num_server_rounds=1", "partition=dirichlet", "strategy.evaluate_clients=off"]
+ONE_ROUND = [
+    *DIGITS,
+    "num_server_rounds=1",
+    "partition=dirichlet",
+    "strategy.evaluate_clients=off",
+    "round_timeout=0.2",
+]
 STAGES = [Stage.SETUP, Stage.SHARE_KEYS, Stage.COLLECT_MASKED_VECTORS, Stage.UNMASK]
 FAULTY = 2
 """Node id of the client that fails, whose name is 1."""
