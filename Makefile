@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo debug check-node explain certificates node-key lint types test test-quick test-faults clean
+.PHONY: help setup demo debug check-node explain report certificates node-key lint types test test-quick test-faults clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -33,6 +33,9 @@ check-node: $(STAMP) ## Check a node's own data without joining: make check-node
 
 explain: $(STAMP) ## Derive a merge table from recorded runs: make explain RUNS="runs/a runs/b" [OUT=folder] [ARGS=...].
 	$(BIN)/python -m tools.explain $(RUNS) --out $(or $(OUT),runs/explain) $(ARGS)
+
+report: $(STAMP) ## Make an HTML page about runs: make report RUN="runs/a runs/b" [OUT=report.html] [DATA=folder].
+	@$(BIN)/python -m tools.report $(RUN) --out '$(or $(OUT),runs/report.html)' $(if $(DATA),--data '$(DATA)')
 
 certificates: $(STAMP) ## Make a CA and the SuperLink's certificate: make certificates HOSTS="superlink.example.org 10.0.0.5" [OUT=deploy/keys].
 	@$(BIN)/python -m tools.certificates $(HOSTS) $(if $(OUT),--out '$(OUT)') $(ARGS)
