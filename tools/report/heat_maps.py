@@ -151,7 +151,7 @@ def _figure(axes: Axes, values: Matrix, span: tuple[float, float]) -> go.Figure:
             },
         )
     )
-    figure.update_xaxes(type="category", showgrid=False)
+    figure.update_xaxes(type="category", showgrid=False, title=None)
     figure.update_yaxes(type="category", showgrid=False, autorange="reversed")
     return figure
 

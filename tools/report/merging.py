@@ -66,7 +66,7 @@ def unit_scores(run: Run, key: str, name: str, title: str) -> Plot | None:
     rows = {number: row for number, row in known.items() if len(row) == width}
     if not rows:
         return None
-    axes = Axes("unit", "round", name, _named(run.units, width, "unit"), [str(number) for number in rows])
+    axes = Axes("unit", "round", name, _named(run.units, width), [str(number) for number in rows])
     return heat_map(f"{key}-{name}", title, axes, np.array(list(rows.values())).T, lambda score: f"{score:.3g}")
 
 
@@ -83,10 +83,10 @@ def alpha(run: Run, key: str) -> Plot | Missing | None:
         for report, weights in known
         if weights.shape[1] == units and weights.shape[2] <= sources
     }
-    givers = _named(last.details.get("alpha_clients"), sources, "client")
+    givers = _named(last.details.get("alpha_clients"), sources)
     axes = Axes("receiving client", "giving client", "weight", run.clients, givers)
     return heat_map_by_round(
-        f"{key}-alpha", title, axes, values, lambda weight: f"{weight:.4f}", _named(run.units, units, "unit")
+        f"{key}-alpha", title, axes, values, lambda weight: f"{weight:.4f}", _named(run.units, units)
     )
 
 
@@ -101,7 +101,7 @@ def _weights(run: Run, key: str, title: str, name: str, row: str, names: object)
     }
     if not values:
         return None
-    axes = Axes(row, "client", "weight", _named(names, width, row), run.clients)
+    axes = Axes(row, "client", "weight", _named(names, width), run.clients)
     return heat_map_by_round(key, title, axes, values, lambda weight: f"{weight:.3f}")
 
 
@@ -132,8 +132,8 @@ def _uploaded(report: RoundReport, units: Sequence[str]) -> list[bool] | None:
     return None
 
 
-def _named(names: object, count: int, what: str) -> list[str]:
+def _named(names: object, count: int) -> list[str]:
     """Take the names if there are as many as needed, else numbers."""
     if isinstance(names, list) and len(set(map(str, names))) == len(names) == count:
         return [str(name) for name in names]
-    return [f"{what} {number}" for number in range(count)]
+    return [str(number) for number in range(count)]
