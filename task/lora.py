@@ -27,7 +27,7 @@ class _LoraProduct(torch.autograd.Function):
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, low = ctx.saved_tensors
         of_out = gradient.flatten(0, -2)
@@ -48,9 +48,10 @@ class LeanLoraLinear(Linear):
         """Apply the frozen layer and the adapter."""
         names, frozen = self.active_adapters, self.base_layer
         if args or kwargs or self.merged or self.disable_adapters or names != list(self.lora_A):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-        out: Tensor = _LoraProduct.apply(x, frozen.weight, frozen.bias, a, b, self.scaling[names[0]])
+        arguments = (x, frozen.weight, frozen.bias, a, b, self.scaling[names[0]])
+        out: Tensor = _LoraProduct.apply(*arguments)  # type: ignore[no-untyped-call]
         return out
 
 
@@ -67,7 +68,7 @@ def make_lean(module: peft.PeftModel) -> None:
 def _is_plain(layer: Linear) -> bool:
     """Tell whether a layer is linear with one trainable adapter, without dropout and variants."""
     names = list(layer.lora_A)
-    return (
+    return bool(
         len(names) == 1
         and type(layer.base_layer) is nn.Linear
         and isinstance(layer.lora_dropout[names[0]], nn.Identity)

@@ -20,8 +20,30 @@ from tools.simulation import SimulationSuperLink
 APP = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 1800.0
 """How long a run may take; a minute or two on two cores."""
-SHARED = ("task", "strategies")
-"""Packages of the app that the others' bundles take along."""
+SHARED = ("task", "strategies", "conf")
+"""Folders of the app that the others' bundles take along."""
+
+PYPROJECT = """
+[project]
+name = "{name}"
+version = "1.0.0"
+description = "An arm of a benchmark"
+license = {{ file = "LICENSE" }}
+dependencies = ["flwr>=1.41.0"]
+
+[tool.flwr.app]
+publisher = "petalwise"
+fab-format-version = 1
+flwr-version-target = "1.41.0"
+fab-include = ["**/*.py", "task/weights/*.json", "conf/**/*.yaml", "LICENSE"]
+
+[tool.flwr.app.components]
+serverapp = "{name}_app:server"
+clientapp = "{name}_app:client"
+
+[tool.flwr.app.config]
+{entries}
+"""
 
 
 class Arm(Protocol):
@@ -74,7 +96,7 @@ class TutorialArm:
     def run(self, setting: Setting) -> ArmRun:
         """Run it once, from the start."""
         run = setting.compose()
-        config = {
+        config: dict[str, str | float] = {
             "task": task_to_json(run.settings),
             "rounds": setting.rounds,
             "clients": setting.clients,
@@ -116,7 +138,7 @@ def run_other_app(
     name : str
         Its module.
     config : Mapping[str, str or float]
-        Its run config; ``out`` is added.
+        Its run config; ``runs-dir`` is added.
     clients : int
         Number of simulated nodes.
     scratch : Path
@@ -125,7 +147,7 @@ def run_other_app(
     Returns
     -------
     Path
-        The folder ``out``, in which the app has written what it found.
+        The folder in which the app has written what it found.
     """
     app, out = scratch / "app", scratch / "out"
     out.mkdir()
@@ -133,17 +155,9 @@ def run_other_app(
         shutil.copytree(APP / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).parent / "apps" / f"{name}.py", app / f"{name}_app.py")
     shutil.copy(APP / "LICENSE", app)
-    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**config, "out": str(out)}.items())
-    (app / "pyproject.toml").write_text(
-        f'[project]\nname = "{name}"\nversion = "1.0.0"\ndescription = "An arm of a benchmark"\n'
-        f'license = {{ file = "LICENSE" }}\ndependencies = []\n\n'
-        f'[tool.flwr.app]\npublisher = "petalwise"\nfab-format-version = 1\nflwr-version-target = "1.41.0"\n'
-        f'fab-include = ["**/*.py", "task/weights/*.json", "LICENSE"]\n\n'
-        f'[tool.flwr.app.components]\nserverapp = "{name}_app:server"\nclientapp = "{name}_app:client"\n\n'
-        f"[tool.flwr.app.config]\n{entries}\n",
-        encoding="utf-8",
-    )
-    _completed(link, app, [f"out={json.dumps(str(out))}"], clients, out)
+    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**config, "runs-dir": str(out)}.items())
+    (app / "pyproject.toml").write_text(PYPROJECT.format(name=name, entries=entries), encoding="utf-8")
+    _completed(link, app, [], clients, out)
     return out
 
 

@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train()
@@ -42,4 +43,4 @@ def main(grid: Grid, context: Context) -> None:
             assert len(replies) == len(asked)
             marks.append(time.perf_counter())
         rounds.append({"train": marks[1] - marks[0], "evaluate": marks[2] - marks[1]})
-    Path(str(config["out"]), "rounds.json").write_text(json.dumps(rounds))
+    Path(str(config["runs-dir"]), "rounds.json").write_text(json.dumps(rounds))

@@ -32,7 +32,8 @@ from task.data.sources import load_split
 from task.model import add_adapter, canonical_name
 from task.seeding import derive_seed, generator_for
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def train_round(message: Message, context: Context) -> Message:
     """Train on this client's images."""
     built = build(message, context)
     options, name = built.task.train, str(context.node_config["partition-id"])
-    server_round = int(message.content.config_records["config"]["server-round"])
+    server_round = int(str(message.content.config_records["config"]["server-round"]))
     parameters = trainable(built.module)
     optimizer = torch.optim.AdamW(parameters.values(), lr=options.lr, weight_decay=options.weight_decay)
     built.module.train()
@@ -118,8 +119,9 @@ def train_round(message: Message, context: Context) -> Message:
 def evaluate_round(message: Message, context: Context) -> Message:
     """Evaluate on this client's test images."""
     built = build(message, context)
-    metrics = {"num-examples": len(built.test), "accuracy": accuracy(built.module, built.test, built.normaliser)}
-    return Message(RecordDict({"metrics": MetricRecord(metrics)}), reply_to=message)
+    score = accuracy(built.module, built.test, built.normaliser)
+    metrics = MetricRecord({"num-examples": len(built.test), "accuracy": score})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def accuracy(module: nn.Module, data: ImageSet, normaliser: Normaliser) -> float
     """Share of images classified correctly."""
     module.eval()
     hits = [(module(images).argmax(1) == labels).sum().item() for images, labels in eval_batches(data, 256, normaliser)]
-    return sum(hits) / len(data)
+    return float(sum(hits)) / len(data)
 
 
 class SameCohorts(FedAvg):
@@ -151,7 +153,7 @@ class SameCohorts(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds; write when each ended, and the final adapter."""
     config = context.run_config
-    task, out = task_from_json(str(config["task"])), Path(str(config["out"]))
+    task, out = task_from_json(str(config["task"])), Path(str(config["runs-dir"]))
     split = load_split(task.dataset, "test", None, derive_seed(task.seed, "dataset"))
     num_classes, ended = len(split.features["label"].names), []
 

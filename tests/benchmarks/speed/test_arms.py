@@ -63,7 +63,7 @@ def tutorial_adapter(folder):
         "rounds": SMALL.rounds,
         "clients": SMALL.clients,
         "fraction-train": 0.5,
-        "out": str(folder),
+        "runs-dir": str(folder),
     }
     tutorial.server(in_process(tutorial.client, config), server_context(config))
     assert len(json.loads((folder / "ended.json").read_text())) == 1 + SMALL.rounds
@@ -96,7 +96,7 @@ def test_the_step_of_the_app_of_peft_and_by_hand_are_measured_where_they_agree()
 
 
 def test_the_empty_app_measures_its_phases(tmp_path):
-    config = {"size": 8, "rounds": 2, "clients": SMALL.clients, "cohort": 2, "out": str(tmp_path)}
+    config = {"size": 8, "rounds": 2, "clients": SMALL.clients, "cohort": 2, "runs-dir": str(tmp_path)}
     empty.server(in_process(empty.client, config), server_context(config))
     rounds = json.loads((tmp_path / "rounds.json").read_text())
     assert [set(taken) for taken in rounds] == [{"train", "evaluate"}] * 2
