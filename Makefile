@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo bench debug check-node explain predict export report certificates node-key lint types test test-quick test-faults clean
+.PHONY: help setup demo bench debug check-node explain predict export watch report certificates node-key lint types test test-quick test-faults clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -39,6 +39,9 @@ predict: $(STAMP) ## Predict images with a run's model: make predict RUN=runs/..
 
 export: $(STAMP) ## Export a run's model for peft, timm and ONNX: make export RUN=runs/... [CLIENT=name] [OUT=folder] [ARGS=...].
 	@$(BIN)/python -m tools.export '$(RUN)' $(if $(CLIENT),--client '$(CLIENT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
+
+watch: $(STAMP) ## Follow a run while it goes on: make watch [RUN=runs/...].
+	@$(BIN)/python -m tools.watch $(RUN)
 
 report: $(STAMP) ## Make an HTML page about runs: make report RUN="runs/a runs/b" [OUT=report.html] [DATA=folder].
 	@$(BIN)/python -m tools.report $(RUN) --out '$(or $(OUT),runs/report.html)' $(if $(DATA),--data '$(DATA)')

@@ -15,6 +15,7 @@ from server_app.checkpoints import Checkpoint
 from server_app.compose import ComposedRun, compose_run
 from server_app.gathering import GatheringGrid
 from server_app.keeping import RoundKeeping
+from server_app.progress import closing
 from server_app.resuming import open_past
 from server_app.run_folder import RunFolder, State
 from server_app.saving import save_adapter, save_personal
@@ -91,7 +92,7 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
         raise
     _save(folder, strategy, model, run, names, keeping.reports)
     folder.note(State("finished", server_round=strategy.report.server_round))
-    log(INFO, "%s", _closing(keeping.reports))
+    log(INFO, "%s", closing(keeping.reports))
     return folder.path
 
 
@@ -179,15 +180,9 @@ def _classes_and_test_images(settings: TaskConfig) -> tuple[list[str], ImageSet 
 def _banner(run: ComposedRun, model: AdaptedModel, num_classes: int) -> str:
     settings = run.settings
     frozen = sum(p.numel() for p in model.module.parameters() if not p.requires_grad)
+    share = model.layout.size / (frozen + model.layout.size)
     return (
         f"{settings.backbone.name} ({frozen / 1e6:.1f} M frozen) at {settings.backbone.image_size} px, "
-        f"adapter and head {model.layout.size:,} parameters in {len(model.layout.units)} units; "
+        f"adapter and head {model.layout.size:,} parameters ({100 * share:.1f} %) in {len(model.layout.units)} units; "
         f"{settings.dataset.name} ({num_classes} classes), partition {settings.partition.kind}, seed {settings.seed}"
     )
-
-
-def _closing(reports: list[RoundReport]) -> str:
-    first, last = reports[0].central.get("accuracy"), reports[-1].central.get("accuracy")
-    if first is None or last is None:
-        return f"Finished after {reports[-1].server_round} rounds."
-    return f"Finished: accuracy {100 * first:.1f} % in round 0, {100 * last:.1f} % in round {reports[-1].server_round}."

@@ -1,5 +1,6 @@
-"""One clear line per round."""
+"""One clear line per round, and a table at the end."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from strategies.report import RoundReport
@@ -52,3 +53,47 @@ class Progress:
         recent = self._seconds[-3:]
         left = round((self.num_rounds - report.server_round) * sum(recent) / len(recent))
         return f"{left // 60}:{left % 60:02d}"
+
+
+def closing(reports: Sequence[RoundReport]) -> str:
+    """Sum up a run as a table.
+
+    Parameters
+    ----------
+    reports : Sequence[RoundReport]
+        Of all rounds, at least one.
+
+    Returns
+    -------
+    str
+        Rounds, accuracies, clients, traffic and time, a line each; the first says how the run ended.
+    """
+    last, merged = reports[-1], [report for report in reports if report.merged]
+    central = {r.server_round: r.central["accuracy"] for r in reports if "accuracy" in r.central}
+    personal = {r.server_round: r.clients_accuracy_mean for r in reports if r.clients_accuracy_mean is not None}
+    used = sum(len(report.clients_used) for report in reports)
+    dropped = sum(len(report.clients_dropped) for report in reports)
+    rows = {
+        "accuracy": _course(central),
+        "clients' accuracy": _course(personal),
+        "rounds": f"{len(merged)} merged of {last.server_round}",
+        "updates": f"{used} merged, {dropped} dropped",
+        "traffic": f"{_megabytes(report.bytes_down for report in reports)} down, "
+        f"{_megabytes(report.bytes_up for report in reports)} up",
+        "time": f"{sum(report.seconds.get('total', 0.0) for report in reports):.1f} s",
+    }
+    head = f"Finished after {last.server_round} rounds."
+    return "\n".join([head, *(f"  {name:<18} {value}" for name, value in rows.items() if value)])
+
+
+def _megabytes(sizes: Iterable[int]) -> str:
+    return f"{sum(sizes) / 1e6:.1f} MB"
+
+
+def _course(accuracy: dict[int, float]) -> str:
+    """Say where an accuracy began and ended, and where it was best."""
+    if not accuracy:
+        return ""
+    first, last, best = min(accuracy), max(accuracy), max(accuracy, key=lambda number: accuracy[number])
+    ended = f"{100 * accuracy[first]:.1f} % in round {first}, {100 * accuracy[last]:.1f} % in round {last}"
+    return ended if best in (first, last) else f"{ended} (best {100 * accuracy[best]:.1f} % in round {best})"

@@ -161,6 +161,14 @@ class RunFolder:
         save_file(tensors, folder / f"round-{server_round:04d}.safetensors", metadata)
 
 
+def read_state(folder: Path) -> State:
+    """Read what a run is at from its folder; of a run that has not said it yet, or not in this form, a fresh state."""
+    try:
+        return State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return State()
+
+
 def _replace(path: Path, text: str) -> None:
     """Write a file so that a reader finds either the old text or the new one."""
     part = path.with_suffix(".part")

@@ -19,6 +19,7 @@ MAX_NAME_LENGTH = 64
 MAX_REASON_LENGTH = 500
 MAX_QUERIES = 3
 MAX_GROUPS = 5
+MAX_LISTED = 20
 
 
 def identity_order(name: str) -> tuple[int, int, str]:
@@ -119,10 +120,17 @@ class ClientDirectory:
         known = set(self.refused)
         for node in waiting:
             self._admit(node, answers.get(node), context, layout)
-        log(INFO, "Clients: %s", ", ".join(self.identities) or "none")
+        log(INFO, "Clients: %s", self._listed() or "none")
         if news := {self.refused[node].client: self.refused[node].reason for node in self.refused.keys() - known}:
             log(WARNING, "Refused: %s", grouped(news))
         return exchanged
+
+    def _listed(self) -> str:
+        """Name the clients with their numbers of training images, as far as they say."""
+        known = {name: self.examples.get(name, 0) for name in self.identities}
+        shown = [f"{name} ({count} images)" if count else name for name, count in known.items()]
+        more = f", ... ({len(shown)} in all, {sum(known.values())} images)" if len(shown) > MAX_LISTED else ""
+        return ", ".join(shown[:MAX_LISTED]) + more
 
     @property
     def identities(self) -> list[str]:

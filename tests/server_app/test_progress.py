@@ -2,7 +2,7 @@
 
 import pytest
 
-from server_app.progress import Progress
+from server_app.progress import Progress, closing
 from strategies.report import RoundReport
 
 
@@ -70,3 +70,28 @@ def test_time_left_is_the_mean_of_the_last_three_rounds(seconds, expected):
 
 def test_nothing_is_left_after_the_last_round():
     assert Progress(1).line(report(1)).endswith("ETA 0:00")
+
+
+def test_a_run_is_summed_up_in_a_table():
+    accuracies = [0.1, 0.6, 0.5]
+    reports = [
+        RoundReport(
+            number,
+            merged=number > 0,
+            central={"accuracy": accuracy},
+            clients_used=["0", "1"] if number else [],
+            clients_dropped={"2": "late"} if number == 2 else {},
+            bytes_down=1_000_000,
+            bytes_up=500_000,
+            seconds={"total": 2.0},
+        )
+        for number, accuracy in enumerate(accuracies)
+    ]
+    assert closing(reports).splitlines() == [
+        "Finished after 2 rounds.",
+        "  accuracy           10.0 % in round 0, 50.0 % in round 2 (best 60.0 % in round 1)",
+        "  rounds             2 merged of 2",
+        "  updates            4 merged, 1 dropped",
+        "  traffic            3.0 MB down, 1.5 MB up",
+        "  time               6.0 s",
+    ]
