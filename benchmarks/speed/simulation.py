@@ -19,7 +19,7 @@ def measure(repeats: int) -> Found:
     ----------
     repeats : int
         Runs of the floor and of the app in each setting; every steady round of them is a pair. The tutorial's app is
-        run once: it is several times as slow.
+        run once, since it builds everything anew for every message.
     """
     ratios, tables = {}, []
     with SimulationSuperLink() as link:

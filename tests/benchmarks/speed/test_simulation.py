@@ -1,0 +1,39 @@
+"""What is made of the runs of the arms; the runs themselves are in test_arms.py."""
+
+import torch
+
+from benchmarks.speed import simulation
+from benchmarks.speed.floor import ArmRun
+from benchmarks.speed.settings import SETTINGS
+
+ADAPTER = {"a": torch.ones(2)}
+APP_PARTS = {"train": 4.0, "wait": 0.5, "steps": 3.0, "aggregate": 0.1, "evaluate": 0.7, "total": 4.8, "keep": 0.2}
+APP = ArmRun([5.0, 5.0], APP_PARTS, ADAPTER)
+FLOOR = ArmRun([4.0, 4.5], {"train": 3.5, "aggregate": 0.05, "evaluate": 0.7}, ADAPTER)
+EMPTY = ArmRun([0.2], {"train": 0.1, "evaluate": 0.1}, {})
+
+
+class Scripted:
+    def __init__(self, name, run, order):
+        self.name, self.found, self.order = name, run, order
+
+    def run(self, setting):
+        self.order.append(self.name)
+        return self.found
+
+
+def test_arms_run_in_turn_and_rounds_are_the_pairs():
+    order = []
+    arms = (Scripted("floor", FLOOR, order), Scripted("app", APP, order))
+    floors, apps = simulation._in_turn(*arms, SETTINGS["overhead_bound"], repeats=2)
+    assert order == ["floor", "app", "app", "floor"]
+    ratio = simulation._paired(floors, apps, 0.95)
+    assert (ratio.min, ratio.max, ratio.pairs) == (0.8, 0.9, 4)
+
+
+def test_the_parts_of_a_round_and_their_shares():
+    table = simulation.parts_table(SETTINGS["overhead_bound"], [APP], [FLOOR], EMPTY)
+    cells = {row[0]: row[1:] for row in table.rows}
+    assert cells["round"] == ["5.000", "100.0 %", "4.250", "0.200"]
+    assert cells["training phase, all of the above"] == ["4.000", "80.0 %", "3.500", "0.100"]
+    assert sum(float(row[1]) for row in table.rows[:3]) == 4.0
