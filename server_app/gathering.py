@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 OnReplies = Callable[[list[Message], int], None]
-SHORTEST, LONGEST = 0.1, 1.0
+SHORTEST, LONGEST = 0.02, 1.0
 """Seconds between two looks for replies."""
 SHARE = 0.02
 """Look again after this part of the time waited so far: what a phase loses by it stays below."""
