@@ -64,6 +64,7 @@ def page(browser, runs, tmp_path_factory):
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(render(runs), encoding="utf-8")
     page = browser.new_page()
+    page.set_default_timeout(300_000)  # milliseconds; a busy machine draws slowly
     page.told, page.asked = [], []
     page.on("console", lambda message: page.told.append(message.text))
     page.on("pageerror", lambda error: page.told.append(str(error)))
