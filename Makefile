@@ -77,6 +77,7 @@ test-quick: $(STAMP) ## Run the tests that take seconds.
 
 test-faults: $(STAMP) ## Run the tests that kill and freeze real processes and cut links: some 15 minutes.
 	$(BIN)/pytest -m faults
+	$(BIN)/pytest tests/test_hostile_clients.py
 
 clean: ## Remove the environment and caches; run folders stay.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .flwr build dist *.egg-info

@@ -5,6 +5,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.client.mod import secaggplus_mod
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_STATE
 from flwr.compat.common.recorddict_compat import fitres_to_recorddict
 
 from task.errors import MessageError
@@ -21,10 +22,16 @@ def masked(message: Message, context: Context, call_next: ClientAppCallable) -> 
         If training fails, or its outcome does not fit into the range that is masked.
     """
     np.random.seed()  # the mod rounds at random; a seed that others know would show what was rounded
-    return secaggplus_mod(message, context, lambda m, c: _to_mask(call_next(m, c)))
+    return secaggplus_mod(message, context, lambda m, c: _to_mask(call_next(m, c), _max_weight(c)))
 
 
-def _to_mask(reply: Message) -> Message:
+def _max_weight(context: Context) -> float:
+    """Read the largest weight that the server has announced, from what the mod keeps between stages."""
+    weight = context.state.config_records[RECORD_KEY_STATE]["max_weight"]
+    return float(weight) if isinstance(weight, int | float) else 0.0
+
+
+def _to_mask(reply: Message, max_weight: float) -> Message:
     """Put a train reply into the form that the mod masks: a ``FitRes`` beside this app's own records."""
     if reply.has_error():
         raise MessageError(reply.error.reason)
@@ -33,6 +40,11 @@ def _to_mask(reply: Message) -> Message:
     if not np.abs(flat).max() <= MASKED_RANGE:
         raise MessageError(f"its update is not within -{MASKED_RANGE} to {MASKED_RANGE}, which is what is masked.")
     examples = int(number_field(metrics, "num-examples"))
+    if examples > max_weight:
+        raise MessageError(
+            f"it has {examples} images, more than the {max_weight:g} that secure aggregation carries in this round: 20 "
+            "times the median client's."
+        )
     result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters([flat]), examples, {})
     content: RecordDict = fitres_to_recorddict(result, keep_input=False)
     content[CONFIG], content[METRICS] = reply.content.config_records[CONFIG], metrics

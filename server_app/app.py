@@ -81,7 +81,8 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
     keeping = RoundKeeping(folder, run, strategy, past.reports if past else [])
-    watched = GatheringGrid(grid, lambda messages, answered: folder.note(_state(messages, answered)))
+    folder.note(State(phase="starting"))
+    watched = GatheringGrid(grid, lambda messages, answered: folder.note(_state(strategy, messages, answered)))
     try:
         _run_rounds(watched, run, strategy, model, test, keeping, checkpoint)
     except BaseException as error:
@@ -90,16 +91,21 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
             with suppress(Exception):  # why the rounds ended is what is to be told
                 _save(folder, strategy, model, run, names, keeping.reports)
         raise
-    _save(folder, strategy, model, run, names, keeping.reports)
+    try:
+        _save(folder, strategy, model, run, names, keeping.reports)
+    except OSError as error:
+        reason = f"All rounds are done, but the adapter cannot be saved ({error}). Make room and resume {folder.path}."
+        folder.note(State("failed", reason, strategy.report.server_round))
+        raise StateError(reason) from error
     folder.note(State("finished", server_round=strategy.report.server_round))
     log(INFO, "%s", closing(keeping.reports))
     return folder.path
 
 
-def _state(messages: list[Message], answered: int) -> State:
+def _state(strategy: LayerwiseStrategy, messages: list[Message], answered: int) -> State:
     """Say what the run is at while the replies to these messages come in."""
-    group, phase = messages[0].metadata.group_id, messages[0].metadata.message_type
-    return State(server_round=int(group or 0), phase=phase, asked=len(messages), answered=answered)
+    server_round, phase = strategy.report.server_round, messages[0].metadata.message_type
+    return State(server_round=server_round, phase=phase, asked=len(messages), answered=answered)
 
 
 def _save(

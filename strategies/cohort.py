@@ -20,6 +20,7 @@ MAX_REASON_LENGTH = 500
 MAX_QUERIES = 3
 MAX_GROUPS = 5
 MAX_LISTED = 20
+MAX_EXAMPLES = 10**9
 
 
 def identity_order(name: str) -> tuple[int, int, str]:
@@ -177,7 +178,7 @@ class ClientDirectory:
         else:
             self.nodes[name], self.shares[name] = node, share
             examples = record.get("examples")
-            self.examples[name] = examples if isinstance(examples, int) else 0
+            self.examples[name] = examples if isinstance(examples, int) and 0 < examples <= MAX_EXAMPLES else 0
 
     def _share_problem(self, name: str, share: str) -> str:
         """Say who has a client's images already, or nothing."""

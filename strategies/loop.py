@@ -173,8 +173,8 @@ class RoundLoop:
         from strategies.secagg import masked_phase  # brings in Flower's older server, which other runs don't need
 
         strategy, report = self.strategy, self.strategy.report
-        most = max([strategy.directory.examples.get(client, 1) for client in strategy.asked], default=1)
-        phase = masked_phase(self.grid, messages, strategy.codec.layout.size, max(1, most), self.timeout)
+        examples = [strategy.directory.examples.get(client, 0) for client in strategy.asked]
+        phase = masked_phase(self.grid, messages, strategy.codec.layout.size, examples, self.timeout)
         report.bytes_down += phase.bytes_down
         report.bytes_up += phase.bytes_up
         nodes = [message.metadata.dst_node_id for message in messages]

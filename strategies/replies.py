@@ -12,7 +12,7 @@ from flwr.common.logger import log
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
 from strategies.codec import Codec
-from strategies.cohort import MAX_REASON_LENGTH, ClientDirectory, identity_order
+from strategies.cohort import MAX_EXAMPLES, MAX_REASON_LENGTH, ClientDirectory, identity_order
 from task.arrays import tensor_view
 from task.errors import MessageError
 from task.messages import (
@@ -27,8 +27,6 @@ from task.messages import (
 )
 from task.signals import NOTHING, SignalRequest, signal_layout
 from task.units import Layout
-
-MAX_EXAMPLES = 10**9
 
 
 @dataclass(frozen=True)

@@ -18,24 +18,20 @@ class _LoraProduct(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        rows = x.flatten(0, -2)
-        low = (rows @ a.T).mul_(scaling)
-        out = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        low = (x @ a.T).mul_(scaling)
+        out = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
         out.addmm_(low, b.T)
-        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling  # type: ignore[attr-defined]
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low = ctx.saved_tensors
-        of_out = gradient.flatten(0, -2)
-        of_low = (of_out @ b).mul_(ctx.scaling)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = (of_out @ weight).addmm_(of_low, a).view(*gradient.shape[:-1], -1)
-        return of_x, None, None, of_low.T @ rows, of_out.T @ low, None
+        x, weight, a, b, low = ctx.saved_tensors
+        of_low = (gradient @ b).mul_(ctx.scaling)
+        of_x = (gradient @ weight).addmm_(of_low, a) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_low.T @ x, gradient.T @ low, None
 
 
 class LeanLoraLinear(Linear):
@@ -47,12 +43,13 @@ class LeanLoraLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the frozen layer and the adapter."""
         names, frozen = self.active_adapters, self.base_layer
-        if args or kwargs or self.merged or self.disable_adapters or names != list(self.lora_A):
+        others = args or kwargs or self.merged or self.disable_adapters or names != list(self.lora_A)
+        if others or x.dim() < 2 or torch.is_autocast_enabled(x.device.type):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-        arguments = (x, frozen.weight, frozen.bias, a, b, self.scaling[names[0]])
+        arguments = (x.flatten(0, -2), frozen.weight, frozen.bias, a, b, self.scaling[names[0]])
         out: Tensor = _LoraProduct.apply(*arguments)  # type: ignore[no-untyped-call]
-        return out
+        return out.view(*x.shape[:-1], out.shape[1])
 
 
 def make_lean(module: peft.PeftModel) -> None:

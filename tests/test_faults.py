@@ -158,3 +158,11 @@ def test_after_a_kill_on_the_server_the_run_is_gone_on_with(federation, what):
     assert outcome.completed, f"{outcome.summary}\n{outcome.log[-3000:]}"
     assert [report["server_round"] for report in reports_of(folder)] == [0, 1, 2, 3, 4]
     assert "Going on after round" in outcome.log
+
+
+def test_secure_aggregation_keeps_its_keys_between_the_processes_of_a_round(federation):
+    """Each of the four messages of a round is handled by a process of its own."""
+    run = Run(federation, "privacy=secagg strategy.evaluate_clients=off", rounds=2)
+    reports = run.finish()
+    assert [reports[n]["clients_used"] for n in (1, 2)] == [SITES, SITES]
+    assert not reports[1]["clients_dropped"]

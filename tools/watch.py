@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from server_app.run_folder import State, read_state
+from server_app.run_folder import STATE, State, read_state
 from task.errors import ConfigError, PetalwiseError
 from tools.report.reading import Run, read_run
 
@@ -74,7 +74,8 @@ class Watched:
     @property
     def written(self) -> float:
         """When anything was last written, seconds since the epoch."""
-        return max(path.stat().st_mtime for path in self.folder.iterdir() if path.is_file())
+        names = ("config.yaml", "metrics.jsonl", STATE)  # the first is there, or this would be no run folder
+        return max(path.stat().st_mtime for name in names if (path := self.folder / name).exists())
 
 
 def picture(watched: Watched) -> RenderableType:

@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 1024
 """Of an array in numpy's format."""
 
 
-def check_stage(stage: str, content: RecordDict, nodes: Collection[int], size: int) -> None:
+def check_stage(stage: str, content: RecordDict, named: Collection[int], size: int) -> None:
     """Check a reply of a stage.
 
     Parameters
@@ -29,8 +29,8 @@ def check_stage(stage: str, content: RecordDict, nodes: Collection[int], size: i
         Flower's name of the stage.
     content : RecordDict
         Of the reply.
-    nodes : Collection[int]
-        Node ids of the cohort.
+    named : Collection[int]
+        Node ids that its shares must be for, or of: those that the message of the stage named.
     size : int
         Number of values of an update.
 
@@ -45,11 +45,11 @@ def check_stage(stage: str, content: RecordDict, nodes: Collection[int], size: i
     if stage == Stage.SETUP:
         _check_keys(record)
     elif stage == Stage.SHARE_KEYS:
-        _check_shares(record, Key.DESTINATION_LIST, Key.CIPHERTEXT_LIST, nodes)
+        _check_shares(record, Key.DESTINATION_LIST, Key.CIPHERTEXT_LIST, named)
     elif stage == Stage.COLLECT_MASKED_VECTORS:
         _check_masked(record, content, size)
     else:
-        _check_shares(record, Key.NODE_ID_LIST, Key.SHARE_LIST, nodes)
+        _check_shares(record, Key.NODE_ID_LIST, Key.SHARE_LIST, named)
 
 
 def _check_keys(record: ConfigRecord) -> None:
@@ -61,13 +61,13 @@ def _check_keys(record: ConfigRecord) -> None:
         _tried(partial(bytes_to_public_key, key), f"what it has under {name!r} is no key")
 
 
-def _check_shares(record: ConfigRecord, to: str, what: str, nodes: Collection[int]) -> None:
-    """Expect as many shares as nodes, each node of the cohort and named once."""
+def _check_shares(record: ConfigRecord, to: str, what: str, named: Collection[int]) -> None:
+    """Expect a share for each node that was named, no more and no fewer."""
     theirs, shares = record.get(to), record.get(what)
     if not isinstance(theirs, list) or not isinstance(shares, list) or len(theirs) != len(shares):
         raise MessageError(f"its lists {to!r} and {what!r} do not belong together.")
-    if len(set(theirs)) != len(theirs) or not set(theirs) <= set(nodes):
-        raise MessageError(f"its list {to!r} names nodes twice or nodes that nobody asked.")
+    if len(theirs) != len(named) or set(theirs) != set(named):
+        raise MessageError(f"its list {to!r} names other nodes than it was asked for.")
     if not all(isinstance(share, bytes) and len(share) <= MAX_KEY_BYTES for share in shares):
         raise MessageError(f"its list {what!r} holds what is no share.")
 
@@ -83,6 +83,8 @@ def _check_masked(record: ConfigRecord, content: RecordDict, size: int) -> None:
         if len(values) > 8 * shape[0] + MAX_HEADER_BYTES:
             raise MessageError(f"its masked values have {len(values)} bytes, {8 * shape[0]} and a header are expected.")
         array = _tried(partial(bytes_to_ndarray, values), "its masked values cannot be read")
+        if not isinstance(array, np.ndarray):
+            raise MessageError("its masked values are no array.")
         if array.shape != shape or array.dtype != np.int64:
             raise MessageError(f"its masked values are {array.dtype} {array.shape}, not int64 {shape}.")
     _tried(partial(recorddict_to_fitres, content, keep_input=True), "it has no result in Flower's form")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from logging import ERROR
 from math import ceil
+from statistics import median
 from typing import cast
 
 import numpy as np
@@ -20,6 +21,10 @@ from task.privacy import MASKED_RANGE
 
 MIN_SUMMED = 3
 """The sum of fewer clients would show one of two what the other sent."""
+MAX_SUMMED = 1024
+"""Sums of more clients would not fit into the 32 bits of what is masked."""
+MOST_BY_MEDIAN = 20
+"""A client may have so many times as many images as the median client."""
 KEPT_SHARE = 2 / 3
 """Part of the cohort that must stay to the end for the sum to be unmasked."""
 TOO_FEW = f"the sum was not unmasked: it takes two thirds of the clients asked, and {MIN_SUMMED} or more, to the end"
@@ -39,7 +44,9 @@ class MaskedPhase:
     """Bytes of message contents received in all four stages."""
 
 
-def masked_phase(grid: Grid, messages: Sequence[Message], size: int, max_examples: int, timeout: float) -> MaskedPhase:
+def masked_phase(
+    grid: Grid, messages: Sequence[Message], size: int, examples: Sequence[int], timeout: float
+) -> MaskedPhase:
     """Let a cohort train, and learn of its updates only their weighted sum.
 
     Parameters
@@ -50,8 +57,9 @@ def masked_phase(grid: Grid, messages: Sequence[Message], size: int, max_example
         The train messages, one a node; those that are sent get their ids, and what SecAgg+ adds to their content.
     size : int
         Number of values of an update.
-    max_examples : int
-        Largest number of training images of one of the clients; the closer, the finer the rounding.
+    examples : Sequence[int]
+        Number of training images of each client, as it says; 0 where it does not. Weights are rounded in parts of the
+        largest one, or of :data:`MOST_BY_MEDIAN` times the median where one client claims more.
     timeout : float
         Seconds to wait for the replies of each of the four stages.
 
@@ -65,24 +73,33 @@ def masked_phase(grid: Grid, messages: Sequence[Message], size: int, max_example
     SecAgg+ (Bell et al., ACM CCS 2020) as Flower has it, with all pairs of clients as neighbours.
     """
     relay = Relay(grid, {message.metadata.dst_node_id: message for message in messages}, size)
-    if len(messages) < MIN_SUMMED:
-        reason = f"secure aggregation takes {MIN_SUMMED} clients or more; this round has {len(messages)}"
+    if not MIN_SUMMED <= len(messages) <= MAX_SUMMED:
+        reason = f"secure aggregation takes {MIN_SUMMED} to {MAX_SUMMED} clients; this round has {len(messages)}"
         return MaskedPhase(lost=dict.fromkeys(relay.messages, reason))
-    outcome = Outcome(list(relay.messages))
+    outcome, failure = Outcome(list(relay.messages)), TOO_FEW
     workflow = Workflow(
         num_shares=1.0,
         reconstruction_threshold=_threshold(len(messages)),
-        max_weight=max_examples,
+        max_weight=_max_weight(examples),
         clipping_range=MASKED_RANGE,
         timeout=timeout,
     )
     try:
         workflow(cast(Grid, relay), legacy_context(outcome))
     except Exception as error:  # keys and shares of a client that lies fail in Flower's cryptography
+        failure = f"the sum could not be unmasked: a client's keys or shares are wrong ({type(error).__name__})"
         log(ERROR, "Secure aggregation fails.", exc_info=error)
-    replies = [_with_mean(reply, outcome.mean, relay) for reply in relay.trained.values()]
-    lost = {node: relay.lost.get(node, TOO_FEW) for node in relay.messages if node not in relay.trained}
+    if outcome.mean is not None and not np.isfinite(outcome.mean).all():
+        outcome.mean, failure = None, "the sum of the updates has no weight"
+    replies = [_with_mean(reply, outcome.mean, failure, relay) for reply in relay.trained.values()]
+    lost = {node: relay.lost.get(node, failure) for node in relay.messages if node not in relay.trained}
     return MaskedPhase(replies, lost, relay.bytes_down, relay.bytes_up)
+
+
+def _max_weight(examples: Sequence[int]) -> int:
+    """Choose the weight that weights are parts of, so that no single claim makes all others too small to count."""
+    known = [count for count in examples if count > 0] or [1]
+    return min(max(known), ceil(MOST_BY_MEDIAN * median(known)))
 
 
 def _threshold(clients: int) -> int:
@@ -90,12 +107,12 @@ def _threshold(clients: int) -> int:
     return max(MIN_SUMMED, ceil(KEPT_SHARE * clients))
 
 
-def _with_mean(reply: Message, mean: np.ndarray | None, relay: Relay) -> Message:
+def _with_mean(reply: Message, mean: np.ndarray | None, failure: str, relay: Relay) -> Message:
     """Put the mean where a client's update would be; without one the reply becomes an error."""
     if reply.has_error():
         return reply
     if mean is None:
-        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, TOO_FEW)
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, failure)
         return Message(error, reply_to=relay.messages[reply.metadata.src_node_id])
     config, metrics = reply.content.config_records[CONFIG], reply.content.metric_records[METRICS]
     reply.content = RecordDict({ARRAYS: ArrayRecord({FLAT: Array(mean)}), CONFIG: config, METRICS: metrics})

@@ -39,11 +39,15 @@ class Relay:
         messages = list(messages)
         stage = str(messages[0].content.config_records[RECORD_KEY_CONFIGS][Key.STAGE])
         sent = [self._own(message, stage) for message in messages]
+        named = [_named(stage, message) for message in sent]
         self.bytes_down += sum(content_bytes(message.content) for message in sent)
         found = list(self.grid.send_and_receive(sent, timeout=timeout))
         self.bytes_up += sum(content_bytes(reply.content) for reply in found if reply.has_content())
         by_id = {reply.metadata.reply_to_message_id: reply for reply in found}
-        replies = [self._checked(stage, message, by_id.get(message.metadata.message_id)) for message in sent]
+        replies = [
+            self._checked(stage, message, by_id.get(message.metadata.message_id), others)
+            for message, others in zip(sent, named, strict=True)
+        ]
         return [reply for reply in replies if reply is not None and not reply.has_error()]
 
     def _own(self, message: Message, stage: str) -> Message:
@@ -54,7 +58,7 @@ class Relay:
         own.content = RecordDict({**(own.content if trains else {}), RECORD_KEY_CONFIGS: config})
         return own
 
-    def _checked(self, stage: str, message: Message, reply: Message | None) -> Message | None:
+    def _checked(self, stage: str, message: Message, reply: Message | None, named: set[int]) -> Message | None:
         """Note why a node falls out; a bad reply becomes an error."""
         node = message.metadata.dst_node_id
         if reply is None:
@@ -62,7 +66,7 @@ class Relay:
         elif reply.has_error():
             reason = f"error {reply.error.code}: {reply.error.reason}"
         else:
-            reason = _problem(stage, reply, set(self.messages), self.size)
+            reason = _problem(stage, reply, named, self.size)
             if reason:
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
         if reason:
@@ -73,9 +77,18 @@ class Relay:
         return reply
 
 
-def _problem(stage: str, reply: Message, nodes: set[int], size: int) -> str:
+def _named(stage: str, message: Message) -> set[int]:
+    """Tell of which nodes a message speaks, for each of which its reply must have a share."""
+    config = message.content.config_records[RECORD_KEY_CONFIGS]
+    if stage == Stage.SHARE_KEYS:
+        return {int(key) for key in config if key != Key.STAGE} - {message.metadata.dst_node_id}
+    lists = [config.get(key) for key in (Key.ACTIVE_NODE_ID_LIST, Key.DEAD_NODE_ID_LIST)]
+    return {int(node) for nodes in lists if isinstance(nodes, list) for node in nodes}
+
+
+def _problem(stage: str, reply: Message, named: set[int], size: int) -> str:
     try:
-        check_stage(stage, reply.content, nodes, size)
+        check_stage(stage, reply.content, named, size)
     except MessageError as error:
         return str(error)
     return ""

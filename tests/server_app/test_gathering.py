@@ -7,9 +7,11 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client_app.app import app as client_app
+from server_app.app import run_federation
+from server_app.compose import compose_run
 from server_app.gathering import GatheringGrid
 from server_app.run_folder import STATE
-from task.errors import TooFewClientsError
+from task.errors import StateError, TooFewClientsError
 from tests.server_app.test_app import DIGITS, run
 from tools.debug import InProcessGrid, simulated_nodes
 
@@ -98,3 +100,34 @@ def test_a_run_that_fails_says_why(tmp_path):
     (folder,) = (tmp_path / "runs").iterdir()
     assert state(folder)["status"] == "failed"
     assert "3 client(s) can take part, 4 are needed" in state(folder)["reason"]
+
+
+def test_a_phase_is_of_the_round_that_is_going_on(tmp_path):
+    """Under secure aggregation a round has messages of Flower's own, which name no round."""
+    seen = []
+
+    class Watching(InProcessGrid):
+        def _deliver(self, message):
+            seen.extend(state(folder) for folder in (tmp_path / "runs").iterdir())
+            return super()._deliver(message)
+
+    run(tmp_path, [*DIGITS, "privacy=secagg"], Watching(client_app, simulated_nodes(3)))
+    rounds = [one["server_round"] for one in seen if one["phase"] == "train"]
+    assert rounds == sorted(rounds)
+    assert set(rounds) == {1, 2}
+
+
+def test_an_adapter_that_cannot_be_saved_is_a_sentence_and_a_failed_run(tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("server_app.app.save_adapter", full)
+    with pytest.raises(StateError, match=r"the adapter cannot be saved .*No space left.* resume"):
+        run(tmp_path, [*DIGITS, "num_server_rounds=1"])
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert state(folder)["status"] == "failed"
+    monkeypatch.undo()
+    again = compose_run({"runs-dir": str(tmp_path / "runs")}, [*DIGITS, "num_server_rounds=1"])
+    run_federation(InProcessGrid(client_app, simulated_nodes(3)), again, str(folder))
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert state(folder)["status"] == "finished"

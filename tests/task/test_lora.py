@@ -81,3 +81,20 @@ def test_disabled_and_merged_adapters_are_left_to_peft(pair, images):
 def test_what_the_lean_layer_does_not_know_stays_pefts(tiny_task, lora):
     model = build_model(replace(tiny_task, lora=lora), NUM_CLASSES).module
     assert {type(layer) for layer in layers(model)} == {Linear}
+
+
+def test_the_output_may_be_changed_in_place_and_a_batch_may_be_empty(pair):
+    layer = layers(pair[1])[0]
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    torch.relu_(layer(x)).sum().backward()
+    assert x.grad is not None
+    assert layer(x[:0]).shape == (0, 3, layer.out_features)
+
+
+def test_mixed_precision_and_single_vectors_are_left_to_peft(pair):
+    plain, lean = (layers(model)[0] for model in pair)
+    x = torch.randn(2, 3, lean.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lean(x).dtype == torch.bfloat16
+        assert torch.equal(lean(x), plain(x))
+    assert torch.equal(lean(x[0, 0]), plain(x[0, 0]))

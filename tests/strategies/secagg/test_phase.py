@@ -8,6 +8,7 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 
 from client_app.app import app as client_app
 from task.errors import TooFewClientsError
+from task.messages import IDENTIFY
 from tests.server_app.test_app import DIGITS, reports, run
 from tests.server_app.test_privacy import values
 from tools.debug import InProcessGrid, simulated_nodes
@@ -129,6 +130,24 @@ def nothing(content):
     del content[RECORD_KEY_CONFIGS]
 
 
+def no_destinations(content):
+    content[RECORD_KEY_CONFIGS][Key.DESTINATION_LIST] = []
+    content[RECORD_KEY_CONFIGS][Key.CIPHERTEXT_LIST] = []
+
+
+def archive(content):
+    content[RECORD_KEY_CONFIGS][Key.MASKED_PARAMETERS] = [b"PK\x05\x06" + bytes(18)] * 2
+
+
+def garbage(content):
+    shares = content[RECORD_KEY_CONFIGS][Key.SHARE_LIST]
+    content[RECORD_KEY_CONFIGS][Key.SHARE_LIST] = [b"\x01\x00\x00\x00" + bytes(len(share) - 4) for share in shares]
+
+
+def other_owners(content):
+    content[RECORD_KEY_CONFIGS][Key.NODE_ID_LIST] = [91, 92, 93, 94, 95]
+
+
 def no_shares(content):
     content[RECORD_KEY_CONFIGS][Key.SHARE_LIST] = []
 
@@ -138,10 +157,12 @@ def no_shares(content):
     [
         (Stage.SETUP, no_key, "is no key"),
         (Stage.SETUP, nothing, "answers nothing of secure aggregation"),
-        (Stage.SHARE_KEYS, other_nodes, "nodes that nobody asked"),
+        (Stage.SHARE_KEYS, other_nodes, "names other nodes than it was asked for"),
         (Stage.COLLECT_MASKED_VECTORS, other_shape, r"not int64"),
         (Stage.COLLECT_MASKED_VECTORS, too_long, "1000000 bytes"),
+        (Stage.SHARE_KEYS, no_destinations, "names other nodes than it was asked for"),
         (Stage.COLLECT_MASKED_VECTORS, nothing, "answers nothing"),
+        (Stage.COLLECT_MASKED_VECTORS, archive, "no array"),
     ],
 )
 def test_a_client_that_answers_nonsense_is_left_out_with_the_reason(tmp_path, stage, spoil, reason, without_faulty):
@@ -160,8 +181,52 @@ def test_too_few_to_unmask_costs_the_round_and_no_more(tmp_path):
     assert not reports(folder)[-1]["merged"]
 
 
+def test_shares_of_other_nodes_do_not_count_and_the_sum_is_unmasked_without_them(tmp_path):
+    folder = run(tmp_path, [*ONE_ROUND, "privacy=secagg"], Spoiling(5, other_owners, Stage.UNMASK))
+    assert reports(folder)[-1]["clients_used"] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_client_that_lies_about_shares_costs_the_round_which_says_so(tmp_path):
+    with pytest.raises(TooFewClientsError, match="a client's keys or shares are wrong"):
+        run(tmp_path, [*ONE_ROUND, "privacy=secagg"], Spoiling(5, garbage, Stage.UNMASK))
+
+
+class Claiming(InProcessGrid):
+    """One node claims another number of training images than it has."""
+
+    def __init__(self, clients, claim):
+        super().__init__(client_app, simulated_nodes(clients))
+        self.claim = claim
+
+    def _deliver(self, message):
+        message_id = super()._deliver(message)
+        if message.metadata.message_type == IDENTIFY and message.metadata.dst_node_id == FAULTY:
+            self._replies[message_id].content["config"]["examples"] = self.claim
+        return message_id
+
+
+@pytest.mark.parametrize("claim", [10**4, 10**9])
+def test_a_client_that_claims_many_images_does_not_make_the_others_coarse(tmp_path, claim):
+    plain = values(run(tmp_path / "plain", ONE_ROUND, InProcessGrid(client_app, simulated_nodes(5))))
+    folder = run(tmp_path / "masked", [*ONE_ROUND, "privacy=secagg"], Claiming(5, claim))
+    assert reports(folder)[-1]["clients_used"] == ["0", "1", "2", "3", "4"]
+    torch.testing.assert_close(values(folder), plain, rtol=0, atol=3e-4)
+
+
+def test_a_client_with_more_images_than_the_server_knows_of_sends_none(tmp_path):
+    class Understating(Claiming):
+        def _deliver(self, message):
+            message_id = InProcessGrid._deliver(self, message)
+            if message.metadata.message_type == IDENTIFY:
+                self._replies[message_id].content["config"]["examples"] = self.claim
+            return message_id
+
+    with pytest.raises(TooFewClientsError, match="more than the 1 that secure aggregation carries"):
+        run(tmp_path, [*ONE_ROUND, "privacy=secagg"], Understating(3, 1))
+
+
 def test_two_clients_cannot_hide_in_a_sum(tmp_path):
-    with pytest.raises(TooFewClientsError, match="secure aggregation takes 3 clients or more; this round has 2"):
+    with pytest.raises(TooFewClientsError, match="secure aggregation takes 3 to 1024 clients; this round has 2"):
         run(tmp_path, [*ONE_ROUND, "privacy=secagg"], InProcessGrid(client_app, simulated_nodes(2)))
 
 
