@@ -16,9 +16,10 @@ from server_app.compose import ComposedRun, compose_run
 from server_app.gathering import GatheringGrid
 from server_app.keeping import RoundKeeping
 from server_app.progress import closing
-from server_app.resuming import open_past
+from server_app.resuming import container, flat, open_past
 from server_app.run_folder import RunFolder, State
 from server_app.saving import save_adapter, save_personal
+from server_app.trackers import Tracking
 from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
 from task.arrays import FLAT, flat_to_array
@@ -71,6 +72,7 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     past = open_past(resume, run) if resume else None
     run = past.run if past else run
     settings = run.settings
+    tracking = Tracking(settings.tracker)
     settings.backbone = resolved(settings.backbone)
     names, test = _classes_and_test_images(settings)
     model = build_model(settings, len(names), backbone_folder({}))
@@ -80,18 +82,21 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     folder = past.folder if past else RunFolder.new(Path(settings.runs_dir), run.choice, run.yaml)
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
-    keeping = RoundKeeping(folder, run, strategy, past.reports if past else [])
+    keeping = RoundKeeping(folder, run, strategy, past.reports if past else [], tracking)
+    tracking.start(dict(flat(container(run.yaml))), folder.path)
     watched = GatheringGrid(grid, lambda messages, answered: folder.note(_state(messages, answered)))
     try:
         _run_rounds(watched, run, strategy, model, test, keeping, checkpoint)
     except BaseException as error:
         folder.note(State("failed", str(error), strategy.report.server_round))
+        tracking.end(finished=False)
         if not isinstance(error, StateError):  # which refuses the saved state; the adapter is still that of the past
             with suppress(Exception):  # why the rounds ended is what is to be told
                 _save(folder, strategy, model, run, names, keeping.reports)
         raise
     _save(folder, strategy, model, run, names, keeping.reports)
     folder.note(State("finished", server_round=strategy.report.server_round))
+    tracking.end(finished=True)
     log(INFO, "%s", closing(keeping.reports))
     return folder.path
 

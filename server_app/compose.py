@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from server_app.trackers import TrackerConfig
 from strategies import (
     SCHEDULES,
     STRATEGIES,
@@ -54,6 +55,8 @@ class RunSettings(TaskConfig):
     """Recalibration of the head, carried by any strategy."""
     record_updates: bool = False
     """Keep every client's update and signals of every round in the run folder, for ``make explain``."""
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    """Who else is told of the rounds."""
 
 
 @dataclass(frozen=True)

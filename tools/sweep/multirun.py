@@ -37,7 +37,7 @@ def multirun(job: Job, overrides: Sequence[str], folder: Path) -> None:
 
     def task(composed: DictConfig) -> float:
         hydra = HydraConfig.get()
-        return job(composed, str(hydra.runtime.choices.strategy), list(hydra.overrides.task))
+        return job(composed, str(hydra.runtime.choices["strategy"]), list(hydra.overrides.task))
 
     ConfigStore.instance().store(name="schema", node=RunSettings)
     with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base=None), refused_by_hydra(overrides):
