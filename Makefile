@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo bench debug check-node explain predict export watch report certificates node-key lint types test test-quick test-faults clean
+.PHONY: help setup demo bench debug check-node explain predict export watch report sweep certificates node-key lint types test test-quick test-faults clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -45,6 +45,9 @@ watch: $(STAMP) ## Follow a run while it goes on: make watch [RUN=runs/...].
 
 report: $(STAMP) ## Make an HTML page about runs: make report RUN="runs/a runs/b" [OUT=report.html] [DATA=folder].
 	@$(BIN)/python -m tools.report $(RUN) --out '$(or $(OUT),runs/report.html)' $(if $(DATA),--data '$(DATA)')
+
+sweep: $(STAMP) ## Run all combinations, as Hydra's multirun: make sweep ARGS="strategy=fedavg,livar seed=1,2,3".
+	$(BIN)/python -m tools.sweep $(ARGS)
 
 certificates: $(STAMP) ## Make a CA and the SuperLink's certificate: make certificates HOSTS="superlink.example.org 10.0.0.5" [OUT=deploy/keys].
 	@$(BIN)/python -m tools.certificates $(HOSTS) $(if $(OUT),--out '$(OUT)') $(ARGS)

@@ -1,7 +1,8 @@
 """The Flower ServerApp: composes the config, picks the strategy, runs the rounds, keeps the run folder."""
 
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from logging import ERROR, INFO, WARNING
 from pathlib import Path
@@ -16,9 +17,10 @@ from server_app.compose import ComposedRun, compose_run
 from server_app.gathering import GatheringGrid
 from server_app.keeping import RoundKeeping
 from server_app.progress import closing
-from server_app.resuming import open_past
+from server_app.resuming import container, flat, open_past
 from server_app.run_folder import RunFolder, State
 from server_app.saving import save_adapter, save_personal
+from server_app.trackers import Tracking
 from strategies import SCHEDULES, STRATEGIES, Calibration, LayerwiseStrategy, TaskContext
 from strategies.report import RoundReport
 from task.arrays import FLAT, flat_to_array
@@ -71,6 +73,7 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     past = open_past(resume, run) if resume else None
     run = past.run if past else run
     settings = run.settings
+    tracking = Tracking(settings.tracker)
     settings.backbone = resolved(settings.backbone)
     names, test = _classes_and_test_images(settings)
     model = build_model(settings, len(names), backbone_folder({}))
@@ -80,26 +83,35 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     folder = past.folder if past else RunFolder.new(Path(settings.runs_dir), run.choice, run.yaml)
     log(INFO, "%s", _banner(run, model, len(names)))
     log(INFO, "Run folder: %s", folder.path)
-    keeping = RoundKeeping(folder, run, strategy, past.reports if past else [])
-    folder.note(State(phase="starting"))
+    keeping = RoundKeeping(folder, run, strategy, past.reports if past else [], tracking)
+    tracking.start(dict(flat(container(run.yaml))), folder.path)
     watched = GatheringGrid(grid, lambda messages, answered: folder.note(_state(strategy, messages, answered)))
-    try:
-        _run_rounds(watched, run, strategy, model, test, keeping, checkpoint)
-    except BaseException as error:
-        folder.note(State("failed", str(error), strategy.report.server_round))
-        if not isinstance(error, StateError):  # which refuses the saved state; the adapter is still that of the past
+    with _followed(folder, strategy, tracking):
+        try:
+            _run_rounds(watched, run, strategy, model, test, keeping, checkpoint)
+        except StateError:  # the saved state is refused before any round, and the adapter is still that of the past
+            raise
+        except BaseException:
             with suppress(Exception):  # why the rounds ended is what is to be told
                 _save(folder, strategy, model, run, names, keeping.reports)
-        raise
-    try:
+            raise
         _save(folder, strategy, model, run, names, keeping.reports)
-    except OSError as error:
-        reason = f"All rounds are done, but the adapter cannot be saved ({error}). Make room and resume {folder.path}."
-        folder.note(State("failed", reason, strategy.report.server_round))
-        raise StateError(reason) from error
-    folder.note(State("finished", server_round=strategy.report.server_round))
     log(INFO, "%s", closing(keeping.reports))
     return folder.path
+
+
+@contextmanager
+def _followed(folder: RunFolder, strategy: LayerwiseStrategy, tracking: Tracking) -> Iterator[None]:
+    """Tell those who watch or track the run how it ends."""
+    folder.note(State(phase="starting"))
+    try:
+        yield
+    except BaseException as error:
+        folder.note(State("failed", str(error), strategy.report.server_round))
+        tracking.end(finished=False)
+        raise
+    folder.note(State("finished", server_round=strategy.report.server_round))
+    tracking.end(finished=True)
 
 
 def _state(strategy: LayerwiseStrategy, messages: list[Message], answered: int) -> State:
@@ -116,12 +128,18 @@ def _save(
     names: list[str],
     reports: list[RoundReport],
 ) -> None:
-    """Save the adapter, if any round has changed it."""
-    if strategy.merged_rounds and reports:
-        model.load(strategy.flat.numpy())
+    """Save the adapter, if any round has changed it; a StateError says that it cannot be."""
+    if not strategy.merged_rounds or not reports:
+        return
+    model.load(strategy.flat.numpy())
+    try:
         save_adapter(folder.adapter, model, run, names, reports, strategy.evaluated)
         save_personal(folder.adapter, strategy.personal_models())
-        log(INFO, "Adapter: %s", folder.adapter)
+    except OSError as error:
+        raise StateError(
+            f"All rounds are done, but the adapter cannot be saved ({error}). Make room and resume {folder.path}."
+        ) from error
+    log(INFO, "Adapter: %s", folder.adapter)
 
 
 def _make_strategy(run: ComposedRun, model: AdaptedModel, names: list[str], lineage: str) -> LayerwiseStrategy:

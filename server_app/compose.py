@@ -1,7 +1,8 @@
 """From Flower's run config to one typed, checked config, by Hydra's compose API over ``conf/``."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from server_app.trackers import TrackerConfig
 from strategies import (
     SCHEDULES,
     STRATEGIES,
@@ -53,6 +55,8 @@ class RunSettings(TaskConfig):
     """Recalibration of the head, carried by any strategy."""
     record_updates: bool = False
     """Keep every client's update and signals of every round in the run folder, for ``make explain``."""
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    """Who else is told of the rounds."""
 
 
 @dataclass(frozen=True)
@@ -174,19 +178,25 @@ def _quoted(value: Any) -> Any:
 def _compose(overrides: Sequence[str]) -> tuple[DictConfig, str]:
     """Compose the config, and say which file of ``conf/strategy`` it took."""
     ConfigStore.instance().store(name="schema", node=RunSettings)
-    with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base=None):
-        try:
-            composed = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
-        except MissingConfigException as error:
-            raise ConfigError(_missing_option(error)) from error
-        except HydraException as error:
-            raise ConfigError(_wrong_override(error)) from error
-        except ValueError as error:  # a group, such as ``train``, set to a number or to null
-            raise ConfigError(f"overrides={' '.join(overrides)!r} cannot be used: {error}.") from error
+    with initialize_config_dir(config_dir=str(CONF_FOLDER), version_base=None), refused_by_hydra(overrides):
+        composed = compose(config_name="config", overrides=list(overrides), return_hydra_config=True)
     choice = str(OmegaConf.select(composed, "hydra.runtime.choices.strategy", default=""))
     with open_dict(composed):
         del composed["hydra"]
     return composed, choice
+
+
+@contextmanager
+def refused_by_hydra(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn what Hydra says of wrong overrides into a :class:`ConfigError` of one sentence."""
+    try:
+        yield
+    except MissingConfigException as error:
+        raise ConfigError(_missing_option(error)) from error
+    except HydraException as error:
+        raise ConfigError(_wrong_override(error)) from error
+    except ValueError as error:  # a group, such as ``train``, set to a number or to null
+        raise ConfigError(f"overrides={' '.join(overrides)!r} cannot be used: {error}.") from error
 
 
 def _missing_option(error: MissingConfigException) -> str:

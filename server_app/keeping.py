@@ -11,6 +11,7 @@ from server_app.compose import ComposedRun
 from server_app.progress import Progress
 from server_app.resuming import config_digest, container
 from server_app.run_folder import RunFolder
+from server_app.trackers import Tracking
 from strategies import LayerwiseStrategy
 from strategies.report import RoundReport
 from task.errors import StateError
@@ -28,6 +29,8 @@ class RoundKeeping:
     """The strategy that runs."""
     reports: list[RoundReport]
     """Reports of all rounds so far; those of a run that goes on are there from the beginning."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """Who else is told."""
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class RoundKeeping:
                 error,
             )
         log(INFO, "%s", self.progress.line(report))
+        self.tracking.round(report)
 
     def _checkpoint(self, server_round: int) -> None:
         checkpoint = Checkpoint(

@@ -27,6 +27,8 @@ MAY_CHANGE = (
     "strategy.max_failed_rounds",
     "strategy.min_available_clients",
     "strategy.wait_for_clients",
+    "tracker.name",
+    "tracker.project",
     "train.device",
 )
 """Config keys that a run may be gone on with in another way."""

@@ -6,22 +6,21 @@ unless their config has changed.
 """
 
 import argparse
-import fcntl
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks.study.in_process import InProcessLink
 from benchmarks.study.ledger import Ledger
-from benchmarks.study.results import Store
+from benchmarks.study.results import CellResult
 from benchmarks.study.runner import StudyRunner
-from benchmarks.study.running import APP
 from benchmarks.study.study import read_study
 from benchmarks.study.table import study_tables
 from task.errors import ConfigError, PetalwiseError
+from tools.alone import alone, signals_interrupt
+from tools.in_process import InProcessLink
+from tools.results import Store
+from tools.running import APP
 from tools.simulation import SimulationSuperLink
 
 
@@ -45,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
     study = read_study(arguments.study)
     if arguments.seeds:
         study = study.with_seeds(arguments.seeds)
-    ledger = Ledger(study, Store(arguments.folder / study.name))
+    ledger = Ledger(study, Store(arguments.folder / study.name, CellResult))
     if arguments.table:
         print(study_tables(ledger))
         return 0
@@ -54,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} {folder} is not a folder.")
     kind = InProcessLink if arguments.in_process else SimulationSuperLink
     open_link = partial(kind, data=arguments.data, backbones=arguments.backbones)
-    with _signals_interrupt(), _alone(ledger.store.folder):
+    with signals_interrupt(), alone(ledger.store.folder, "The study"):
         good = StudyRunner(ledger, open_link, arguments.only, arguments.time_limit).run()
     print(f"\n{study_tables(ledger)}")
     return 0 if good else 1
@@ -73,32 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--table", action="store_true", help="show the tables of what is finished, and run nothing")
     add("--folder", type=Path, default=APP / "runs" / "study", metavar="DIR", help="where results are kept")
     return parser
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Let requests to stop end the study as Ctrl-C does, so that what was started is stopped."""
-    numbers = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a study's results for one process; two would delete each other's runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"The study is being run by another process: {folder / '.lock'} is locked.") from None
-        yield
 
 
 if __name__ == "__main__":

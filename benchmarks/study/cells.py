@@ -1,17 +1,12 @@
 """The cells of a study: which there are, in which order, and the run config of each."""
 
 import itertools
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from benchmarks.study.study import Study
-from server_app.compose import compose_run
 from task.errors import ConfigError
+from tools.configs import composed_config, without_folder
 
 Values = tuple[tuple[str, Any], ...]
 """Values of tuned options by Hydra key."""
@@ -108,49 +103,7 @@ def config_of(study: Study, cell: Cell) -> dict[str, Any]:
     run_config = run_config_of(study, cell)
     seed = run_config.pop("seed")
     try:
-        composed = json.loads(_composed(json.dumps(run_config, sort_keys=True)))
+        composed = composed_config(run_config)
     except ConfigError as error:
         raise ConfigError(f"{cell.key}: {error}") from error
     return without_folder({**composed, "seed": seed})
-
-
-def without_folder(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out where a run's results lie."""
-    return {key: value for key, value in config.items() if key != "runs_dir"}
-
-
-def same_config(kept: Mapping[str, Any], now: Mapping[str, Any], default: Mapping[str, Any] | None = None) -> bool:
-    """Tell whether a run with one composed config would be the run with another.
-
-    Parameters
-    ----------
-    kept : Mapping[str, Any]
-        Of a run in the past.
-    now : Mapping[str, Any]
-        As composed today. A key that ``kept`` has not, since the app had it not, must have its default value.
-    default : Mapping[str, Any], optional
-        The values of a run without any options; by default composed.
-
-    Returns
-    -------
-    bool
-        Whether they are the same.
-    """
-    default = json.loads(_composed("{}")) if default is None else default
-    for key, value in now.items():
-        if key not in kept:
-            same = value == default.get(key)
-        elif isinstance(value, dict) and isinstance(kept[key], dict):
-            same = same_config(kept[key], value, default.get(key) or {})
-        else:
-            same = kept[key] == value
-        if not same:
-            return False
-    return kept.keys() <= now.keys()
-
-
-@cache
-def _composed(run_config: str) -> str:
-    """Compose a run config, which takes a quarter of a second, once for all seeds; JSON to JSON."""
-    composed = compose_run(json.loads(run_config))
-    return json.dumps(OmegaConf.to_container(OmegaConf.create(composed.yaml)))

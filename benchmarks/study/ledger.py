@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.study.cells import Cell, Values, clients_of, config_of, same_config, tuning_cells
-from benchmarks.study.results import CellResult, Store
+from benchmarks.study.cells import Cell, Values, clients_of, config_of, tuning_cells
+from benchmarks.study.results import CellResult
 from benchmarks.study.study import Study
+from tools.configs import same_config
+from tools.results import Store
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Ledger:
         Where its results are kept.
     """
 
-    def __init__(self, study: Study, store: Store) -> None:
+    def __init__(self, study: Study, store: Store[CellResult]) -> None:
         self.study = study
         self.store = store
 

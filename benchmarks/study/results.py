@@ -1,159 +1,18 @@
-"""What is kept of a cell: one JSON file, and the run folder without its adapter."""
+"""What is kept of a cell."""
 
-import json
-import shutil
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import mean
+from dataclasses import dataclass
 from typing import Any
 
-from task.errors import ConfigError
-
-FINISHED = "finished"
-FAILED = "failed"
-REFUSED = "refused"
+from tools.results import RunResult
 
 
-@dataclass
-class CellResult:
-    """How a cell ended. ``cells/<key>.json`` has these fields."""
+@dataclass(kw_only=True)
+class CellResult(RunResult):
+    """How the run of a cell ended."""
 
-    key: str
-    """The cell's key."""
     setting: str
     """Name of the setting."""
     method: str
     """Name of the method."""
-    seed: int
-    """Seed of the run."""
-    clients: int
-    """Number of simulated clients."""
     values: dict[str, Any]
     """Values of the tuned options."""
-    config: dict[str, Any]
-    """The composed config; another config or number of clients makes it a cell to be run."""
-    status: str
-    """``finished``; ``refused``: the app said before training why it cannot run, as where a partition leaves a client
-    too few images; ``failed``: anything else."""
-    reason: str = ""
-    """Why it did not finish."""
-    accuracy: dict[str, float] = field(default_factory=dict)
-    """Accuracy in [0, 1] on the server's test images by round, in rounds with an evaluation."""
-    final: float | None = None
-    """The last of these."""
-    best: float | None = None
-    """The highest of these."""
-    clients_accuracy: dict[str, float] = field(default_factory=dict)
-    """Final accuracy by client on its own test images."""
-    clients_mean: float | None = None
-    """Mean of these over clients, unweighted."""
-    clients_worst: float | None = None
-    """Lowest of these."""
-    tuned_mean: float | None = None
-    """Mean over clients after a further round of their own training, where that was evaluated."""
-    dropped: int = 0
-    """Replies that did not count, and clients that were refused, over all rounds."""
-    rounds: int = 0
-    """Rounds of training."""
-    bytes_down: int = 0
-    """Bytes of message contents sent to clients in the rounds of training."""
-    bytes_up: int = 0
-    """Bytes of message contents received from clients in the rounds of training."""
-    round_seconds: float | None = None
-    """Mean duration of a round of training, evaluation included."""
-    seconds: float = 0.0
-    """Duration of the run from its submission to its end."""
-    commit: str = ""
-    """Git commit of the checkout at the start of the run."""
-    dirty: bool = False
-    """Whether files of the app differed from that commit."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run went through to its end."""
-        return self.status == FINISHED
-
-
-class Store:
-    """The folder of a study's results.
-
-    Parameters
-    ----------
-    folder : Path
-        Is made when something is written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def read(self, key: str) -> CellResult | None:
-        """Return what is kept of a cell, if anything is.
-
-        Raises
-        ------
-        ConfigError
-            If the file is damaged.
-        """
-        path = self._file(key)
-        if not path.exists():
-            return None
-        try:
-            return CellResult(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path} is not the result of a cell ({error}); delete it to run the cell.") from error
-
-    def write(self, result: CellResult) -> None:
-        """Keep a result in place of an earlier one; an interrupt leaves the one or the other whole."""
-        path = self._file(result.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    def new_runs_dir(self, key: str) -> Path:
-        """Return an empty folder for the run of a cell; an earlier run of it is deleted."""
-        folder = self.folder / "runs" / key
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
-
-    def _file(self, key: str) -> Path:
-        return self.folder / "cells" / f"{key}.json"
-
-
-def run_folder_in(runs_dir: Path) -> Path | None:
-    """Return the folder that a cell's run has left in its ``runs-dir``, if it came so far."""
-    return next((path for path in runs_dir.iterdir() if (path / "config.yaml").exists()), None)
-
-
-def measured(metrics: Path) -> dict[str, Any]:
-    """Read what a run has measured.
-
-    Parameters
-    ----------
-    metrics : Path
-        The ``metrics.jsonl`` of a completed run.
-
-    Returns
-    -------
-    dict
-        Fields of a :class:`CellResult` with their values.
-    """
-    reports = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    accuracy = {str(r["server_round"]): r["central"]["accuracy"] for r in reports if "accuracy" in r["central"]}
-    trained = [report for report in reports if report["server_round"] > 0]
-    last = reports[-1]
-    return {
-        "accuracy": accuracy,
-        "final": accuracy.get(str(last["server_round"])),
-        "best": max(accuracy.values(), default=None),
-        "clients_accuracy": last["clients_accuracy"],
-        "clients_mean": last["clients_accuracy_mean"],
-        "clients_worst": min(last["clients_accuracy"].values(), default=None),
-        "tuned_mean": last.get("tuned_accuracy_mean"),
-        "dropped": sum(len(report["clients_dropped"]) for report in reports) + len(last["clients_refused"]),
-        "rounds": len(trained),
-        "bytes_down": sum(report["bytes_down"] for report in trained),
-        "bytes_up": sum(report["bytes_up"] for report in trained),
-        "round_seconds": mean(report["seconds"]["total"] for report in trained),
-    }

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 
 from benchmarks.study.cells import Cell, compared_cells, config_of, shown, tuning_cells
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.results import CellResult
-from benchmarks.study.running import Link, run_cell
+from benchmarks.study.running import run_cell
 from task.errors import ConfigError
+from tools.running import Link, Runner
 
 
 class StudyRunner:
@@ -35,9 +36,7 @@ class StudyRunner:
         minutes: float | None = None,
     ) -> None:
         self.ledger, self.study = ledger, ledger.study
-        self._open_link, self._only, self._minutes = open_link, only, minutes
-        self._stack = ExitStack()
-        self._link: Link | None = None
+        self._runner, self._only, self._minutes = Runner(open_link), only, minutes
         self._began = time.monotonic()
         self._seconds: list[float] = []
 
@@ -78,7 +77,7 @@ class StudyRunner:
         selected, good = self.cells(), True
         left = self._left(selected)
         _say(f"{self.study.name}: {len(selected) - left} of {len(selected)} cells are finished already")
-        with self._stack:
+        with self._runner:
             for number, cell in enumerate(selected, start=1):
                 if self.ledger.done(cell):  # asked anew, since tuning may turn out otherwise than before
                     continue
@@ -100,20 +99,11 @@ class StudyRunner:
         if known is None:
             _say(f"{number} {cell.key}: not run, since no tuning run of {cell.method} could finish")
             return False
-        result = self._run(known)
+        result = run_cell(self._runner, self.study, known, self.ledger.store)
         self.ledger.store.write(result)
         self._seconds.append(result.seconds)
         _say(f"{number} {_line(known, result)}{self._time_left(self._left(later))}")
         return result.finished
-
-    def _run(self, cell: Cell) -> CellResult:
-        if self._link is None:
-            self._link = self._stack.enter_context(self._open_link())
-        result, lost = run_cell(self._link, self.study, cell, self.ledger.store)
-        if lost:
-            self._link = None
-            self._stack.close()
-        return result
 
     def _time_left(self, cells: int) -> str:
         """Say how long as many more cells will take, by the mean of those run so far."""

@@ -1,15 +1,15 @@
 """The tables of a study in Markdown, with all that a reader must know of them."""
 
 from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from statistics import mean
 
 from benchmarks.study.cells import Cell, compared_cells, shown
 from benchmarks.study.ledger import Choice, Ledger
 from benchmarks.study.results import CellResult
 from benchmarks.study.study import Study
+from tools.tables import NOTHING, markdown, spread
 
 Measure = Callable[[CellResult], float | None]
-NOTHING = "-"
 
 
 def study_tables(ledger: Ledger) -> str:
@@ -81,7 +81,7 @@ def accuracy_table(study: Study, results: Sequence[CellResult], measure: Measure
             paired = [own[seed] - base[seed] for seed in own if seed in base and method.name != first]
             row += [spread([100 * value for value in own.values()]), spread([100 * d for d in paired], sign="+")]
         rows.append(row)
-    return _markdown(["method", *head], rows)
+    return markdown(["method", *head], rows)
 
 
 def cost_table(study: Study, results: Sequence[CellResult]) -> str:
@@ -95,7 +95,7 @@ def cost_table(study: Study, results: Sequence[CellResult]) -> str:
             traffic = by_seed(results, setting.name, method.name, _megabytes)
             row += [f"{mean(found.values()):.1f}" if found else NOTHING for found in (seconds, traffic)]
         rows.append(row)
-    return _markdown(["method", *head], rows)
+    return markdown(["method", *head], rows)
 
 
 def by_seed(results: Sequence[CellResult], setting: str, method: str, measure: Measure) -> dict[int, float]:
@@ -104,21 +104,8 @@ def by_seed(results: Sequence[CellResult], setting: str, method: str, measure: M
     return {result.seed: value for result in own if (value := measure(result)) is not None}
 
 
-def spread(values: Sequence[float], sign: str = "") -> str:
-    """Write mean ± sample standard deviation (n); of one value no deviation, of none a dash."""
-    if not values:
-        return NOTHING
-    deviation = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.1f}{deviation} ({len(values)})"
-
-
 def _megabytes(result: CellResult) -> float | None:
     return (result.bytes_down + result.bytes_up) / result.rounds / 1e6 if result.rounds else None
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _sorted_out(ledger: Ledger) -> tuple[list[CellResult], list[tuple[Cell, str]]]:

@@ -11,17 +11,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.study.__main__ import _alone, main
-from benchmarks.study.cells import Cell, compared_cells, config_of, run_config_of, same_config, tuning_cells
+from benchmarks.study.__main__ import main
+from benchmarks.study.cells import Cell, compared_cells, config_of, run_config_of, tuning_cells
 from benchmarks.study.ledger import Ledger
-from benchmarks.study.results import CellResult, Store
+from benchmarks.study.results import CellResult
 from benchmarks.study.runner import StudyRunner
 from benchmarks.study.study import read_study
-from benchmarks.study.table import accuracy_table, cost_table, spread, study_tables
+from benchmarks.study.table import accuracy_table, cost_table, study_tables
 from server_app.compose import compose_run
 from task.errors import ConfigError, PetalwiseError
 from tests.conftest import REPOSITORY
+from tools.alone import alone
+from tools.configs import same_config
+from tools.results import Store
 from tools.simulation import RunOutcome
+from tools.tables import spread
 
 STUDIES = sorted((REPOSITORY / "benchmarks" / "studies").glob("*.yaml"))
 TINY = {
@@ -50,7 +54,7 @@ def study_file(tmp_path, values=TINY):
 
 
 def ledger_of(tmp_path, values=TINY):
-    return Ledger(read_study(study_file(tmp_path, values)), Store(tmp_path / "results"))
+    return Ledger(read_study(study_file(tmp_path, values)), Store(tmp_path / "results", CellResult))
 
 
 @cache
@@ -389,13 +393,13 @@ def test_the_command_refuses_folders_seeds_damage_and_company(tmp_path, capsys):
     assert "is not a folder" in capsys.readouterr().err
     assert main([*command, "--seeds", "100"]) == 2
     assert "tuning.seed=100 is among the compared seeds" in capsys.readouterr().err
-    with _alone(tmp_path / "results" / "tiny"):
+    with alone(tmp_path / "results" / "tiny", "The study"):
         assert main(command) == 2
     assert "is being run by another process" in capsys.readouterr().err
     (cells := tmp_path / "results" / "tiny" / "cells").mkdir()
     (cells / f"{KEYS[1]}.json").write_text("{}")
     assert main([*command, "--table"]) == 2
-    assert "delete it to run the cell" in capsys.readouterr().err
+    assert "delete it to run that again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -426,7 +430,7 @@ def test_a_real_study_runs_and_resumes(tmp_path, capsys):
     assert "beta0.3__prox__seed0: refused after" in out
     assert "fewer than partition.min_samples=190; images per client:" in out
 
-    ledger = Ledger(read_study(path), Store(tmp_path / "results" / "tiny"))
+    ledger = Ledger(read_study(path), Store(tmp_path / "results" / "tiny", CellResult))
     result = ledger.result(Cell("beta0.3", "fedavg", 0))  # none if the run's config were not the planned one
     assert result.finished
     assert (result.rounds, result.dropped, set(result.accuracy)) == (1, 0, {"0", "1"})

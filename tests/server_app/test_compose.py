@@ -192,7 +192,7 @@ REFUSALS = {
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
     "max_steps, augment, device. Did you mean 'lr'?",
     "foo=1": "The config has no key 'foo'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
-    "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates.",
+    "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker.",
     "+train.foo=1": "train has no key 'foo'; it has: optimizer, ",
     "+foo.bar=1": "The config has no key 'foo'; it has: backbone, ",
     "strategy.nonsense=1": "strategy has no key 'nonsense'; it has: name, fraction_train, min_clients, ",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from task.config import bounded
 from task.device import choose_device
+from task.extras import require_extra
 from tools.explain.forest import explain
 from tools.explain.learning import LearnOptions
 from tools.explain.plots import draw_plots
@@ -16,7 +17,6 @@ from tools.explain.rows import make_rows
 from tools.explain.summary import Findings, records_of, summary, write_rows
 from tools.explain.table import QUANTILES, derive_table, write_table
 from tools.explain.targets import Learner, Target, TargetStore
-from tools.extras import require_extra
 
 EXTRA = ("shap", "matplotlib")
 """Packages of the extra ``explain``."""

@@ -15,10 +15,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 from task.errors import ConfigError, PetalwiseError
+from task.extras import require_extra
 from task.folders import without_folders
 from tools.export.card import model_card
 from tools.export.formats import EXTRA, FORMATS, save_onnx, save_peft, save_timm
-from tools.extras import require_extra
 from tools.trained import TrainedRun, open_run
 
 

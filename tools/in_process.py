@@ -1,4 +1,4 @@
-"""Cells without Ray and a SuperLink: each a process of its own with one thread, as ``make debug`` runs them.
+"""Runs without Ray and a SuperLink: each a process of its own with one thread, as ``make debug`` runs them.
 
 The adapters are those of ``flwr run`` bit for bit (``tests/test_e2e.py``); Flower's start-up, about 50 s, is saved, but
 clients train one after another.
@@ -56,7 +56,7 @@ class InProcessLink:
             found = {DATA_VARIABLE: self.data, BACKBONES_VARIABLE: self.backbones, STATE_VARIABLE: state}
             environment = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in found.items() if v}}
             try:
-                ended = subprocess.run(
+                ended = subprocess.run(  # noqa: S603 - a command of this environment
                     command, cwd=app, env=environment, capture_output=True, text=True, timeout=timeout
                 )
             except subprocess.TimeoutExpired:
