@@ -47,11 +47,11 @@ def multirun(job: Job, overrides: Sequence[str], folder: Path) -> None:
 
 
 def _own_options(folder: Path) -> list[str]:
-    """Keep Hydra from logging, and from making a folder for every job."""
+    """Keep Hydra from changing how this process logs, and from making a folder for every job."""
     return [
         f'hydra.sweep.dir="{folder}"',
         "hydra.sweep.subdir=.",
         "hydra.output_subdir=null",
-        "hydra/job_logging=disabled",
-        "hydra/hydra_logging=disabled",
+        "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
     ]

@@ -1,5 +1,6 @@
 """What a job's overrides become: a run config, a name, a refusal."""
 
+import logging
 import math
 import re
 
@@ -93,3 +94,10 @@ def test_a_name_is_of_the_overrides_in_any_order_and_of_the_clients():
 
 def composed(overrides):
     return composed_config(run_config_of(overrides))
+
+
+def test_hydra_leaves_this_process_logging_as_it_is(tmp_path):
+    logger = logging.getLogger("flwr")
+    before = (logger.disabled, logger.level, logging.getLogger().level)
+    multirun(lambda composed, choice, overrides: 0.0, ["seed=1"], tmp_path)
+    assert (logger.disabled, logger.level, logging.getLogger().level) == before
