@@ -24,35 +24,43 @@ setup: $(STAMP) ## Create .venv and install the app with its development tools.
 
 demo: $(STAMP) ## Fine-tune a ViT over 10 simulated clients through flwr run, in minutes.
 	$(BIN)/python -m tools.launch . --clients 10
+	@echo 'Next: make report RUN=runs/... for a page of plots, make predict, make export; with other settings: README, "Changing what is run".'
 
 debug: $(STAMP) ## Run the app in one process without Ray: make debug ARGS="strategy=fedprox".
 	$(BIN)/python -m tools.debug $(ARGS)
 
 check-node: $(STAMP) ## Check a node's own data without joining: make check-node DATA=/srv/images [NODE_CONFIG=...] [ARGS=...].
+	@test -n "$(DATA)$(NODE_CONFIG)$(ARGS)" || { echo 'Say which images: make check-node DATA=/srv/images' >&2; exit 2; }
 	@$(BIN)/python -m tools.check_node $(if $(DATA),--data '$(DATA)') $(if $(NODE_CONFIG),--node-config '$(NODE_CONFIG)') $(ARGS)
 
 explain: $(STAMP) ## Derive a merge table from recorded runs: make explain RUNS="runs/a runs/b" [OUT=folder] [ARGS=...].
+	@test -n "$(RUNS)" || { echo 'Say which runs: make explain RUNS="runs/a runs/b"' >&2; exit 2; }
 	$(BIN)/python -m tools.explain $(RUNS) --out $(or $(OUT),runs/explain) $(ARGS)
 
 predict: $(STAMP) ## Predict images with a run's model: make predict RUN=runs/... IMAGES=folder [CLIENT=name] [OUT=file] [ARGS=...].
+	@test -n "$(RUN)" -a -n "$(IMAGES)" || { echo 'Say which run and which images: make predict RUN=runs/... IMAGES=folder' >&2; exit 2; }
 	@$(BIN)/python -m tools.predict '$(RUN)' '$(IMAGES)' $(if $(CLIENT),--client '$(CLIENT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 export: $(STAMP) ## Export a run's model for peft, timm and ONNX: make export RUN=runs/... [CLIENT=name] [OUT=folder] [ARGS=...].
+	@test -n "$(RUN)" || { echo 'Say which run: make export RUN=runs/...' >&2; exit 2; }
 	@$(BIN)/python -m tools.export '$(RUN)' $(if $(CLIENT),--client '$(CLIENT)') $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 watch: $(STAMP) ## Follow a run while it goes on: make watch [RUN=runs/...].
 	@$(BIN)/python -m tools.watch $(RUN)
 
 report: $(STAMP) ## Make an HTML page about runs: make report RUN="runs/a runs/b" [OUT=report.html] [DATA=folder].
+	@test -n "$(RUN)" || { echo 'Say which runs: make report RUN="runs/a runs/b"' >&2; exit 2; }
 	@$(BIN)/python -m tools.report $(RUN) --out '$(or $(OUT),runs/report.html)' $(if $(DATA),--data '$(DATA)')
 
 sweep: $(STAMP) ## Run all combinations, as Hydra's multirun: make sweep ARGS="strategy=fedavg,livar seed=1,2,3".
 	$(BIN)/python -m tools.sweep $(ARGS)
 
 certificates: $(STAMP) ## Make a CA and the SuperLink's certificate: make certificates HOSTS="superlink.example.org 10.0.0.5" [OUT=deploy/keys].
+	@test -n "$(HOSTS)" || { echo 'Say by which names sites reach the SuperLink: make certificates HOSTS="superlink.example.org 10.0.0.5"' >&2; exit 2; }
 	@$(BIN)/python -m tools.certificates $(HOSTS) $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 node-key: $(STAMP) ## Make a SuperNode's key pair: make node-key NAME=site-1 [OUT=deploy/keys].
+	@test -n "$(NAME)" || { echo 'Say which site: make node-key NAME=site-1' >&2; exit 2; }
 	@$(BIN)/python -m tools.node_key '$(NAME)' $(if $(OUT),--out '$(OUT)')
 
 lint: $(STAMP) ## Check style, formatting and the direction of imports.

@@ -82,7 +82,7 @@ def closing(reports: Sequence[RoundReport]) -> str:
         f"{_megabytes(report.bytes_up for report in reports)} up",
         "time": f"{sum(report.seconds.get('total', 0.0) for report in reports):.1f} s",
     }
-    head = f"Finished after {last.server_round} rounds."
+    head = f"Finished after {last.server_round} round{'' if last.server_round == 1 else 's'}."
     return "\n".join([head, *(f"  {name:<18} {value}" for name, value in rows.items() if value)])
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
@@ -144,14 +144,19 @@ def _changes(saved: Mapping[str, Any], given: ComposedRun) -> dict[str, Any]:
     changes = {key: value for key, value in asked.items() if value != was.get(key)}
     if own := [f"{key}={was[key]}" for key in FIRST_CLASS if key not in asked and was.get(key) != default.get(key)]:
         log(INFO, "The run's own config holds: %s.", ", ".join(own))
-    if fixed := [key for key in changes if key not in MAY_CHANGE]:
-        shown = "; ".join(f"{key}={changes[key]} instead of {was.get(key, '(not there)')}" for key in fixed[:5])
-        more = f" and {len(fixed) - 5} more" if len(fixed) > 5 else ""
+    if fixed := _leading([key for key in changes if key not in MAY_CHANGE]):
+        shown = "; ".join(f"{key}={changes[key]} instead of {was.get(key, '(not there)')}" for key in fixed)
         raise ConfigError(
-            f"The run was begun with another config: {shown}{more}. Leave that out, or begin a new run; what may "
+            f"The run was begun with another config: {shown}. Leave that out, or begin a new run; what may "
             f"change is: {', '.join(MAY_CHANGE)}."
         )
     return changes
+
+
+def _leading(keys: Sequence[str]) -> list[str]:
+    """Leave out the options of a group, such as ``strategy.head``, whose ``name`` is among the keys."""
+    groups = {key.removesuffix(".name") for key in keys if key.endswith(".name")}
+    return [key for key in keys if key.endswith(".name") or key.rpartition(".")[0] not in groups]
 
 
 def _check_rounds(run: ComposedRun, checkpoint: Checkpoint | None) -> None:

@@ -19,6 +19,7 @@ from server_app.run_folder import STATE, State, read_state
 from task.errors import ConfigError, PetalwiseError
 from tools.report.reading import Run, read_run
 
+RUNS = Path("runs")
 SHOWN_ROUNDS = 15
 SECONDS = 0.5
 """Between two looks at the folder."""
@@ -94,7 +95,7 @@ def picture(watched: Watched) -> RenderableType:
     run, state = watched.run, watched.state
     options, num_rounds = run.options, int(run.options.get("num_server_rounds", 0))
     title = ", ".join(str(options.get(key, "?")) for key in ("strategy.name", "backbone.name", "dataset.name"))
-    notes = [Text(note, style="yellow") for note in run.notes]
+    notes = [] if state.status == "running" else [Text(note, style="yellow") for note in run.notes]
     head = Text(f"{run.name}: {title}", style="bold")
     return Group(head, _rounds(run), *notes, _bars(run, state, num_rounds), _ending(watched))
 
@@ -155,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = Console()
     try:
-        watched = Watched(given.run or newest(Path("runs")))
+        watched = Watched(given.run or (newest(RUNS) if given.once else _awaited(console)))
         if given.once:
             console.print(picture(watched))
         else:
@@ -180,6 +181,14 @@ def newest(runs: Path) -> Path:
     if not folders:
         raise ConfigError(f"There is no run in {str(runs)!r}; say which folder to watch.")
     return max(folders, key=lambda folder: folder.stat().st_ctime_ns)
+
+
+def _awaited(console: Console) -> Path:
+    """Wait for the first run to begin."""
+    with console.status(f"No run in {RUNS}/ yet; waiting for one."):
+        while not any(RUNS.glob("*/config.yaml")):
+            time.sleep(SECONDS)
+    return newest(RUNS)
 
 
 def _follow(watched: Watched, console: Console) -> None:

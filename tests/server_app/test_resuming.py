@@ -287,3 +287,15 @@ def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays_as_it_was(tm
     with pytest.raises(StateError, match="The saved state is none of FedAvg"):
         run(tmp_path, ["num_server_rounds=5"], resume=str(folder))
     assert same(before, adapter(folder))
+
+
+def test_every_key_that_differs_is_named_but_for_what_comes_with_another_strategy(tmp_path):
+    folder = run(tmp_path, [])
+    others = ["strategy=livar", "lora.rank=3", "train.lr=0.5", "train.batch_size=5", "train.local_epochs=3"]
+    others += ["dataset.max_test_samples=7", "partition=dirichlet"]
+    with pytest.raises(ConfigError) as refusal:
+        run(tmp_path, others, resume=str(folder))
+    for key in ("strategy.name=livar instead of fedavg", "lora.rank", "train.lr", "batch_size", "local_epochs"):
+        assert key in str(refusal.value)
+    assert "max_test_samples=7 instead of 20" in str(refusal.value)
+    assert "strategy.head" not in str(refusal.value)

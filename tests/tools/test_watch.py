@@ -103,3 +103,19 @@ def test_the_newest_run_is_the_one_to_watch(tmp_path):
         time.sleep(0.02)
         (tmp_path / name / "config.yaml").write_text("{}")
     assert newest(tmp_path).name == "20250101-000000-livar"
+
+
+def test_before_the_first_run_it_waits_for_one(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    monkeypatch.chdir(tmp_path)
+    codes = []
+    watcher = threading.Thread(target=lambda: codes.append(main([])))
+    watcher.start()
+    time.sleep(0.7)
+    assert not codes
+    begun = tmp_path / "runs" / "20260101-000000-fedavg"
+    begun.mkdir(parents=True)
+    for name in (STATE, "metrics.jsonl", "config.yaml"):
+        (begun / name).write_text((folder / name).read_text())
+    watcher.join(20)
+    assert codes == [0]
