@@ -16,12 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from server_app.saving import open_adapter
+from task import extras
 from task.data.batches import Normaliser
 from task.data.images import image_decoder
 from task.libraries import timm
 from tests.conftest import REPOSITORY
 from tests.tools.conftest import ARGUMENTS
-from tools import extras
 from tools.export import formats
 from tools.export.__main__ import main
 from tools.trained import open_run
