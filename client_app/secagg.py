@@ -42,8 +42,7 @@ def _to_mask(reply: Message, max_weight: float) -> Message:
     examples = int(number_field(metrics, "num-examples"))
     if examples > max_weight:
         raise MessageError(
-            f"it has {examples} images, more than the {max_weight:g} that secure aggregation carries in this round: 20 "
-            "times the median client's."
+            f"it has {examples} images, more than the {max_weight:g} that secure aggregation carries in this round."
         )
     result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters([flat]), examples, {})
     content: RecordDict = fitres_to_recorddict(result, keep_input=False)
