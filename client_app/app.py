@@ -1,7 +1,7 @@
 """The Flower ClientApp: says who it is, trains, evaluates, measures."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from logging import ERROR
 
@@ -37,9 +37,11 @@ from task.messages import (
     text_field,
 )
 from task.seeding import derive_seed, generator_for
+from task.units import HEAD
 
 app = ClientApp()
 Handler = Callable[[Message, Context], Message]
+Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def explained_to_server(handler: Handler) -> Handler:
@@ -118,9 +120,10 @@ def train_round(message: Message, context: Context) -> Message:
     if instruction.evaluate == "received":
         score = evaluate(worker.model, data.test, worker.normaliser)
         metrics |= {f"test-{key}": value for key, value in _score_metrics(score).items()}
+    started = time.perf_counter()
+    _train_head(worker, node, instruction)
     since = last_epoch_start(len(data.train), task.train)
     with Recorder(instruction.signals, worker.model, worker.optimizer, since) as recorder:
-        started = time.perf_counter()
         outcome = _train(worker, node, instruction, "", recorder, optimizer_state)
         metrics["train-seconds"] = time.perf_counter() - started
     arrays = {ARRAYS: exchanger.send(worker.optimizer)}
@@ -182,6 +185,13 @@ def _exchanger(node: Node, worker: Worker, instruction: Instruction) -> Exchange
     return Exchanger(worker.model, instruction.exchange, keeper, instruction.server_round)
 
 
+def _train_head(worker: Worker, node: Node, instruction: Instruction) -> None:
+    """Train the head alone for as many epochs as are asked for; the adapter stands still."""
+    if epochs := instruction.head_epochs:
+        adapter = [part for unit, part in worker.model.layout.slices.items() if unit != HEAD]
+        train(worker.model, worker.optimizer, _batches(worker, node, instruction, "head-", epochs), still=adapter)
+
+
 def _train(
     worker: Worker,
     node: Node,
@@ -191,18 +201,26 @@ def _train(
     optimizer_state: dict[str, torch.Tensor] | None = None,
 ) -> TrainOutcome:
     """Train for a round; ``purpose`` leads the names of its draws."""
-    task, data = worker.task, worker.client_data(node).train
+    batches = _batches(worker, node, instruction, purpose, worker.task.train.local_epochs)
+    still = [worker.model.layout.slices[HEAD]] if instruction.head_epochs else []
+    return train(
+        worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state, still=still
+    )
+
+
+def _batches(worker: Worker, node: Node, instruction: Instruction, purpose: str, epochs: int) -> Batches:
+    """Draw the batches of a round's training, and seed its dropout."""
+    task = worker.task
     torch.manual_seed(derive_seed(task.seed, f"{purpose}dropout", instruction.server_round, node.name))
-    batches = train_batches(
-        data,
+    return train_batches(
+        worker.client_data(node).train,
         batch_size=task.train.batch_size,
-        epochs=task.train.local_epochs,
+        epochs=epochs,
         max_steps=task.train.max_steps,
         augment=task.train.augment,
         normaliser=worker.normaliser,
         generator=generator_for(task.seed, f"{purpose}batches", instruction.server_round, node.name),
     )
-    return train(worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state)
 
 
 def _score_metrics(score: Score) -> dict[str, int | float]:

@@ -1,7 +1,7 @@
 """Local training of adapter and head."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ def train(
     proximal_mu: float = 0.0,
     recorder: Recorder | None = None,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
+    still: Sequence[slice] = (),
 ) -> TrainOutcome:
     """Train adapter and head in place.
 
@@ -56,6 +57,8 @@ def train(
         Sees every batch.
     optimizer_state : Mapping[str, Tensor], optional
         The optimizer's state of ``model.flat`` to go on from; by default a fresh one.
+    still : Sequence[slice]
+        Parts of the flat array that keep their values.
 
     Returns
     -------
@@ -74,6 +77,7 @@ def train(
         optimizer.state[flat] = {name: value.to(flat.device) for name, value in optimizer_state.items()}
     assert gradient is not None
     received = flat.detach().clone() if proximal_mu else None
+    kept = [(part, flat.detach()[part].clone()) for part in still]
     total, seen, steps = 0.0, 0, 0
     for images, labels in batches:
         gradient.zero_()
@@ -90,5 +94,7 @@ def train(
         if received is not None:
             gradient.add_(flat.detach() - received, alpha=proximal_mu)
         optimizer.step()
+        for part, values in kept:
+            flat.detach()[part] = values
         total, seen, steps = total + value * len(labels), seen + len(labels), steps + 1
     return TrainOutcome(total / seen, steps)

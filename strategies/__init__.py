@@ -8,6 +8,7 @@ from strategies.fedlama import FedLama, FedLamaConfig
 from strategies.fedluar import FedLuar, FedLuarConfig
 from strategies.fedper import FedPer, FedPerConfig, LocalOnly
 from strategies.fedprox import FedProx, FedProxConfig
+from strategies.fedrep import FedRep, FedRepConfig
 from strategies.ffa_lora import FfaLora, FfaLoraConfig
 from strategies.fisher import Fisher, FisherConfig
 from strategies.livar import Livar, LivarConfig
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[LayerwiseStrategy]] = {
     "fedavg": FedAvg,
     "fedper": FedPer,
     "fedprox": FedProx,
+    "fedrep": FedRep,
     "ffa_lora": FfaLora,
     "fisher": Fisher,
     "livar": Livar,
@@ -47,6 +49,8 @@ __all__ = [
     "FedPerConfig",
     "FedProx",
     "FedProxConfig",
+    "FedRep",
+    "FedRepConfig",
     "FfaLora",
     "FfaLoraConfig",
     "Fisher",

@@ -27,6 +27,7 @@ BACKBONE = "query.backbone"
 NOT_KEPT = "has not kept round"
 """Stands in the answer of a client that is to go on from where it no longer can."""
 EVALUATIONS = ("none", "received", "tuned")
+MAX_HEAD_EPOCHS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Instruction:
     """Digest of the layout that indexes the flat array."""
     proximal_mu: float = 0.0
     """Weight of the proximal term mu/2 ||w - w_received||^2 added to the local loss."""
+    head_epochs: int = 0
+    """Epochs in which the head alone is trained first; the local epochs after them then train the adapter alone."""
     evaluate: str = "none"
     """Along with training, ``received``: also evaluate the received model on the client's test images, before it. In an
     evaluation, ``tuned``: also train for a round from there, evaluate that too, and forget it."""
@@ -57,6 +60,7 @@ class Instruction:
                 "task": self.task,
                 "layout": self.layout,
                 "proximal-mu": self.proximal_mu,
+                "head-epochs": self.head_epochs,
                 "evaluate": self.evaluate,
                 "signals": self.signals.to_json(),
                 **self.exchange.to_fields(),
@@ -77,11 +81,15 @@ class Instruction:
         evaluate, mu = text_field(record, "evaluate"), float(number_field(record, "proximal-mu"))
         if evaluate not in EVALUATIONS or mu < 0:
             raise MessageError(f"The instruction has evaluate={evaluate!r} and proximal-mu={mu}; it is not followed.")
+        head_epochs = number_field(record, "head-epochs")
+        if not isinstance(head_epochs, int) or not 0 <= head_epochs <= MAX_HEAD_EPOCHS:
+            raise MessageError(f"The instruction has head-epochs={head_epochs}; it is not followed.")
         return Instruction(
             server_round=int(number_field(record, "server-round")),
             task=text_field(record, "task"),
             layout=text_field(record, "layout"),
             proximal_mu=mu,
+            head_epochs=head_epochs,
             evaluate=evaluate,
             signals=request_from_json(text_field(record, "signals")),
             exchange=Exchange.from_record(record),

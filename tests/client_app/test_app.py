@@ -145,6 +145,22 @@ def test_proximal_training_stays_nearer(grid, model):
     assert distance(100.0) < 0.9 * distance(0.0)
 
 
+def test_the_head_is_trained_first_and_the_adapter_for_it(grid, model):
+    """The local epochs leave the head that its own epochs made; without any of those, both are trained at once."""
+    head = model.layout.slices["head"]
+
+    def trained(head_epochs, overrides=""):
+        message = content(model, task=task_json(f"train.max_steps=0 {overrides}"), head_epochs=head_epochs)
+        return received_flat(ask(grid, 1, MessageType.TRAIN, message), model.layout.size)
+
+    one, two, more = trained(1), trained(2), trained(1, "train.local_epochs=3")
+    np.testing.assert_array_equal(more[head], one[head])
+    assert np.abs(two[head] - one[head]).max() > 0
+    assert np.abs(more[: head.start] - one[: head.start]).max() > 0
+    assert np.abs(one[: head.start] - model.read()[: head.start]).max() > 0
+    assert np.abs(trained(0)[head] - one[head]).max() > 0
+
+
 def test_another_layout_is_refused(grid, model):
     message = content(model, task=task_json("lora.rank=4"))
     reply = ask(grid, 1, MessageType.TRAIN, message)

@@ -74,6 +74,7 @@ def test_an_instruction_can_be_followed_or_is_refused(record):
         return
     exchange = instruction.exchange
     assert instruction.proximal_mu >= 0
+    assert 0 <= instruction.head_epochs <= 1000
     assert exchange.start >= 0
     assert exchange.run or not (exchange.start or exchange.keep or exchange.wire.lossy)
     for units in (exchange.down, exchange.up):

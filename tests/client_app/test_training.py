@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,24 @@ def test_the_proximal_term_is_its_gradient(model):
     train(model, make_optimizer(model, config), batches(2), proximal_mu=2.0)
     proximal = torch.from_numpy(model.read())
     torch.testing.assert_close(proximal, plain - 0.1 * 2.0 * (after_one - received), rtol=1e-4, atol=1e-6)
+
+
+def test_what_stands_still_keeps_its_bits_and_the_rest_trains_as_without_decay_of_it(model):
+    head, config = model.layout.slices["head"], TrainConfig(lr=0.01, weight_decay=0.5)
+    before = model.read()
+    train(model, make_optimizer(model, config), batches(3), still=[head])
+    after = model.read()
+    np.testing.assert_array_equal(after[head], before[head])
+    plain = build_model(TASK, num_classes=3)
+    plain.load(before)
+    parameters = [p for name, p in plain.module.named_parameters() if p.requires_grad and "lora_" in name]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5)
+    plain.module.train()
+    for images, labels in batches(3):
+        optimizer.zero_grad(set_to_none=False)
+        torch.nn.functional.cross_entropy(plain(images), labels).backward()
+        optimizer.step()
+    np.testing.assert_allclose(after, plain.read(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(model):

@@ -38,6 +38,7 @@ EVERY_STRATEGY = [
     "fedlama",
     "fedluar",
     "fedper",
+    "fedrep",
     "local",
     "pfedla",
     "heur_pfedla",

@@ -1,5 +1,6 @@
 """FedPer and training alone: what stays with the client, and who lost what it kept."""
 
+
 import numpy as np
 import pytest
 
@@ -43,6 +44,15 @@ def test_a_client_that_sat_out_goes_on_from_its_last_round():
             np.testing.assert_array_equal(starts(script)[name, report.server_round], start.astype(np.float32))
             last[name] = report.server_round
     assert strategy.last_round == last
+
+
+def test_fedrep_is_fedper_but_for_the_epochs_of_the_head():
+    flat, _, _, script = run(name="fedrep", head_epochs=3)
+    expected, _, _, plain = run(name="fedper")
+    np.testing.assert_array_equal(flat, expected)
+    assert {instruction.head_epochs for _, instruction, _ in script.heard} == {3}
+    for client_and_round, start in starts(plain).items():
+        np.testing.assert_array_equal(starts(script)[client_and_round], start)
 
 
 @pytest.mark.parametrize("strategy", ["fedper", "pfedla"])

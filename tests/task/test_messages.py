@@ -178,6 +178,7 @@ instructions = st.builds(
     task=st.text(st.characters(codec="utf-8")),
     layout=st.text(st.characters(codec="utf-8")),
     proximal_mu=st.floats(0, 1e6),
+    head_epochs=st.integers(0, 1000),
     evaluate=st.sampled_from(["none", "received"]),
     signals=requests,
 )
