@@ -122,7 +122,8 @@ class PartitionConfig:
     """How a data set is spread over simulated clients (flwr-datasets partitioners)."""
 
     kind: str = bounded(
-        "dirichlet", choices=("iid", "dirichlet", "pathological", "natural", "natural_dirichlet", "whole")
+        "dirichlet",
+        choices=("iid", "dirichlet", "pathological", "over_represented", "natural", "natural_dirichlet", "whole"),
     )
     """``natural`` makes one client of each value of a column. ``natural_dirichlet`` gives each value as many clients
     as the others (the first in sorted order one more where that does not come out even) and spreads its images over
@@ -130,7 +131,9 @@ class PartitionConfig:
     alpha: float = bounded(0.3, above=0.0)
     """Dirichlet concentration; smaller is more skewed (dirichlet, natural_dirichlet)."""
     classes_per_client: int = bounded(2, at_least=1)
-    """Number of classes each client sees (pathological)."""
+    """Number of classes each client sees (pathological), or has more of than others (over_represented)."""
+    share: float = bounded(0.5, at_least=0.0, at_most=1.0)
+    """Share of a class's images that goes to the clients that have more of it (over_represented)."""
     column: str = ""
     """Column whose values separate the clients (natural, natural_dirichlet)."""
     min_samples: int = bounded(5, at_least=2)

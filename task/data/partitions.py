@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from task.config import PartitionConfig
+from task.data.over_represented import over_represented
 from task.data.sampling import ROW, labels_of, stratified_sample
 from task.errors import ConfigError, DataError
 from task.seeding import derive_seed
@@ -144,7 +145,7 @@ def _drawn(dataset: "Dataset", config: PartitionConfig, num_partitions: int, see
     labels = labels_of(dataset)
     if not 1 <= num_partitions <= len(labels):
         raise ConfigError(f"{len(labels)} images cannot be shared by {num_partitions} clients; start fewer clients.")
-    draw = {"iid": _iid, "dirichlet": _dirichlet, "pathological": _pathological}.get(config.kind)
+    draw = _DRAWS.get(config.kind)
     try:
         with warnings.catch_warnings():  # the library's hints name its own arguments, not this config's
             warnings.simplefilter("ignore")
@@ -219,11 +220,7 @@ def _natural_dirichlet(
 def _pathological(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
     from flwr_datasets.partitioner import PathologicalPartitioner
 
-    present = len(np.unique(labels))
-    if config.classes_per_client > present:
-        raise ConfigError(
-            f"partition.classes_per_client={config.classes_per_client}, but the data has {present} classes."
-        )
+    _check_classes(labels, config)
     partitioner = PathologicalPartitioner(
         num_partitions,
         partition_by="key",
@@ -232,6 +229,22 @@ def _pathological(labels: Indices, config: PartitionConfig, num_partitions: int,
         seed=seed,
     )
     return _apply(partitioner, np.arange(len(labels)), labels, num_partitions)
+
+
+def _over_represented(labels: Indices, config: PartitionConfig, num_partitions: int, seed: int) -> list[Indices]:
+    _check_classes(labels, config)
+    return over_represented(labels, num_partitions, config.classes_per_client, config.share, seed)
+
+
+def _check_classes(labels: Indices, config: PartitionConfig) -> None:
+    present = len(np.unique(labels))
+    if config.classes_per_client > present:
+        raise ConfigError(
+            f"partition.classes_per_client={config.classes_per_client}, but the data has {present} classes."
+        )
+
+
+_DRAWS = {"iid": _iid, "dirichlet": _dirichlet, "pathological": _pathological, "over_represented": _over_represented}
 
 
 def _apply(partitioner: "Partitioner", rows: Indices, keys: Any, num_partitions: int) -> list[Indices]:

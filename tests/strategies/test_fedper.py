@@ -1,6 +1,5 @@
 """FedPer and training alone: what stays with the client, and who lost what it kept."""
 
-
 import numpy as np
 import pytest
 

@@ -52,7 +52,9 @@ def assert_same(first, second):
         np.testing.assert_array_equal(left, right)
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "natural", "natural_dirichlet"])
+@pytest.mark.parametrize(
+    "kind", ["iid", "dirichlet", "pathological", "over_represented", "natural", "natural_dirichlet"]
+)
 @settings(deadline=None, max_examples=15)
 @given(clients=st.integers(1, 6), seed=st.integers(0, 2**63 - 1), alpha=st.floats(0.5, 5))
 def test_partitions_are_disjoint_and_cover_and_follow_the_seed(kind, clients, seed, alpha):
@@ -66,7 +68,7 @@ def test_partitions_are_disjoint_and_cover_and_follow_the_seed(kind, clients, se
     assert_same(partitions, partition_indices(dataset, config, clients, seed))
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological"])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "over_represented"])
 def test_another_seed_gives_another_partition(kind):
     config = PartitionConfig(kind=kind, alpha=1.0)
     first, second = (partition_indices(table(balanced()), config, 4, seed) for seed in (1, 2))
