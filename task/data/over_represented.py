@@ -11,8 +11,8 @@ def over_represented(
 ) -> list[Indices]:
     """Give each client more of some classes than the others have, and of the rest as much as they.
 
-    Every client draws its classes among those that the fewest clients have drawn. Of a class, ``share`` of the images are
-    dealt out evenly to the clients that drew it, and what is left, or all where nobody did, to all clients.
+    Every client draws its classes among those that the fewest clients have drawn. Of a class, ``share`` of the images
+    are dealt out evenly to the clients that drew it, and what is left, or all where nobody did, to all clients.
 
     Parameters
     ----------
