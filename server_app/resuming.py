@@ -73,8 +73,29 @@ def open_past(resume: str, given: ComposedRun) -> Past:
     StateError
         If its checkpoints or reports cannot be read.
     """
-    path = _existing(resume, Path(given.settings.runs_dir))
-    folder = RunFolder(path)
+    folder = RunFolder(_existing(resume, Path(given.settings.runs_dir)))
+    run, checkpoint = _agreed(folder, given)
+    folder.write_config(run.yaml)
+    if checkpoint is None:
+        folder.metrics.unlink(missing_ok=True)
+        log(INFO, "%s has no checkpoint: the run starts anew in its folder.", folder.path.name)
+        return Past(run, folder, None, [])
+    folder.checkpoints.forget_after(checkpoint.server_round)
+    _compare_versions(checkpoint)
+    return Past(run, folder, checkpoint, folder.reports(checkpoint.metrics_bytes))
+
+
+def check_past(resume: str, given: ComposedRun) -> None:
+    """Refuse what :func:`open_past` would refuse of a run and its config; nothing of the run is changed."""
+    folder = RunFolder(_existing(resume, Path(given.settings.runs_dir)))
+    try:
+        _agreed(folder, given)
+    finally:
+        folder.release()
+
+
+def _agreed(folder: RunFolder, given: ComposedRun) -> tuple[ComposedRun, Checkpoint | None]:
+    """Compose the config that a run goes on with, and read its last checkpoint."""
     checkpoint = folder.checkpoints.latest()
     saved = _read_config(folder)
     if checkpoint is not None and checkpoint.config != config_digest(saved):
@@ -86,14 +107,7 @@ def open_past(resume: str, given: ComposedRun) -> Past:
     choice = checkpoint.strategy if checkpoint else str(saved["strategy"]["name"])
     run = check_composed(config, choice)
     _check_rounds(run, checkpoint)
-    folder.write_config(run.yaml)
-    if checkpoint is None:
-        folder.metrics.unlink(missing_ok=True)
-        log(INFO, "%s has no checkpoint: the run starts anew in its folder.", path.name)
-        return Past(run, folder, None, [])
-    folder.checkpoints.forget_after(checkpoint.server_round)
-    _compare_versions(checkpoint)
-    return Past(run, folder, checkpoint, folder.reports(checkpoint.metrics_bytes))
+    return run, checkpoint
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

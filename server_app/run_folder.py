@@ -77,6 +77,10 @@ class RunFolder:
         folder.write_config(config)
         return folder
 
+    def release(self) -> None:
+        """Let other processes have the folder."""
+        self._lock.close()
+
     @property
     def config(self) -> Path:
         """The composed config as YAML."""

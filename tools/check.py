@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from server_app.compose import FIRST_CLASS_KEYS, compose_run
+from server_app.resuming import check_past
 from strategies import StrategyConfig
 from task.errors import ConfigError, did_you_mean
 from tools.simulation import run_config_pairs
@@ -14,7 +15,7 @@ APP = Path(__file__).resolve().parents[1]
 KEYS = (*FIRST_CLASS_KEYS, "resume", "overrides")
 
 
-def check_run(app: Path, run_config: Sequence[str], clients: int) -> None:
+def check_run(app: Path, run_config: Sequence[str], clients: int, runs_dir: Path = Path("runs")) -> None:
     """Check what can be known of a run beforehand; an app of another make is left to Flower.
 
     Parameters
@@ -25,12 +26,14 @@ def check_run(app: Path, run_config: Sequence[str], clients: int) -> None:
         As given to ``flwr run --run-config``.
     clients : int
         Number of simulated clients.
+    runs_dir : Path, default Path("runs")
+        Where a run to go on with lies, unless the run config gives a ``runs-dir`` or its absolute path.
 
     Raises
     ------
-    ConfigError
-        On a key that the app does not declare, a value that is not TOML, any mistake in the composed config, or fewer
-        clients than the strategy waits for.
+    PetalwiseError
+        On a key that the app does not declare, a value that is not TOML, any mistake in the composed config, fewer
+        clients than the strategy waits for, or a run that cannot be gone on with so.
     """
     if app.resolve() != APP:
         return
@@ -41,7 +44,11 @@ def check_run(app: Path, run_config: Sequence[str], clients: int) -> None:
                 f"The run config has no key {key!r}; it has: {', '.join(KEYS)}. Anything else goes into "
                 f"overrides.{did_you_mean(key, KEYS)}"
             )
-    check_clients(compose_run(values).strategy, clients)
+    run = compose_run({"runs-dir": str(runs_dir.resolve()), **values})
+    check_clients(run.strategy, clients)
+    if resume := values.get("resume", ""):
+        path = Path(str(resume)).expanduser()
+        check_past(str(path if path.is_absolute() else Path(run.settings.runs_dir) / path.name), run)
 
 
 def check_clients(strategy: StrategyConfig, clients: int) -> None:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     try:
         with _signals_raise():
-            check_run(options["app"], options["run_config"], options["clients"])
+            check_run(options["app"], options["run_config"], options["clients"], options["runs_dir"])
             outcome = run_app(options.pop("app"), **options, output=sys.stdout)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -15,7 +15,7 @@ from client_app.kept import STATE_VARIABLE
 from server_app import checkpoints
 from server_app.app import run_federation
 from server_app.compose import compose_run
-from server_app.resuming import config_digest
+from server_app.resuming import check_past, config_digest
 from server_app.saving import open_adapter
 from strategies.report import RoundReport
 from task.errors import ConfigError, StateError
@@ -213,7 +213,18 @@ def cut(tmp_path_factory):
 def test_another_config_is_refused_with_the_keys_that_differ(tmp_path, cut, overrides, reason):
     with pytest.raises(ConfigError, match=reason):
         run(tmp_path, overrides, resume=str(cut))
+    with pytest.raises(ConfigError, match=reason):
+        check_past(str(cut), compose_run({}, [*TINY, *overrides]))
     assert len(told(cut)) == 3
+
+
+def test_a_run_that_is_only_checked_stays_as_it_was(cut):
+    def contents():
+        return {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+
+    before = contents()
+    check_past(str(cut), compose_run({}, ["num_server_rounds=9"]))
+    assert contents() == before
 
 
 def test_a_config_that_was_edited_is_refused(cut):

@@ -28,6 +28,7 @@ def test_what_can_run_passes(run_config):
         (['strategy="fedproxx"'], r"strategy='fedproxx' is not one of: .* Did you mean 'fedprox'\?"),
         (['overrides="train.lrr=1"'], "train has no key 'lrr'"),
         (['overrides="seed=1"', 'overrides="train.lr=1"'], "gives 'overrides' twice"),
+        (['resume="runs/20200101-livar"'], r"resume='.*/runs/20200101-livar' is no run folder"),
         (['overrides="strategy.min_clients=3"'], r"2 client\(s\) would be started, but the strategy waits for 3"),
     ],
 )
