@@ -1,5 +1,7 @@
 """The Flower ServerApp: composes the config, picks the strategy, runs the rounds, keeps the run folder."""
 
+import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,11 +42,16 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation; an error ends the run as failed, with its sentence in the log."""
+    """Run a federation; an error ends the run as failed, with its sentence in the log.
+
+    What Flower logs of it comes without the lines of code that it went through, unless ``FLWR_LOG_LEVEL=DEBUG``.
+    """
     try:
         run_federation(grid, compose_run(context.run_config), str(context.run_config.get("resume", "")))
     except PetalwiseError as error:
         log(ERROR, "The run stops: %s", error)
+        if os.environ.get("FLWR_LOG_LEVEL") != "DEBUG":
+            sys.tracebacklimit = 0
         raise type(error)(str(error)) from None
 
 

@@ -1,5 +1,6 @@
 """Checks a run of this app before Flower is started: a mistake is told in seconds, in one sentence."""
 
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 from server_app.compose import FIRST_CLASS_KEYS, compose_run
 from server_app.resuming import check_past
 from strategies import StrategyConfig
+from task.backbone import BACKBONES_VARIABLE
+from task.data.sources import DATA_VARIABLE
 from task.errors import ConfigError, did_you_mean
 from tools.simulation import run_config_pairs
 
@@ -15,7 +18,15 @@ APP = Path(__file__).resolve().parents[1]
 KEYS = (*FIRST_CLASS_KEYS, "resume", "overrides")
 
 
-def check_run(app: Path, run_config: Sequence[str], clients: int, runs_dir: Path = Path("runs")) -> None:
+def check_run(
+    app: Path,
+    run_config: Sequence[str],
+    clients: int,
+    *,
+    runs_dir: Path = Path("runs"),
+    data: Path | None = None,
+    backbones: Path | None = None,
+) -> None:
     """Check what can be known of a run beforehand; an app of another make is left to Flower.
 
     Parameters
@@ -28,12 +39,14 @@ def check_run(app: Path, run_config: Sequence[str], clients: int, runs_dir: Path
         Number of simulated clients.
     runs_dir : Path, default Path("runs")
         Where a run to go on with lies, unless the run config gives a ``runs-dir`` or its absolute path.
+    data, backbones : Path | None, default None
+        The folders that the simulated nodes will be told; by default those of this process's environment.
 
     Raises
     ------
     PetalwiseError
         On a key that the app does not declare, a value that is not TOML, any mistake in the composed config, fewer
-        clients than the strategy waits for, or a run that cannot be gone on with so.
+        clients than the strategy waits for, a folder that is not there, or a run that cannot be gone on with so.
     """
     if app.resolve() != APP:
         return
@@ -46,6 +59,12 @@ def check_run(app: Path, run_config: Sequence[str], clients: int, runs_dir: Path
             )
     run = compose_run({"runs-dir": str(runs_dir.resolve()), **values})
     check_clients(run.strategy, clients)
+    stored, checkpoint = (
+        run.settings.dataset.source in ("parquet", "folder"),
+        run.settings.backbone.source == "checkpoint",
+    )
+    _check_folder("--data", data, DATA_VARIABLE, run.settings.dataset.name if stored else "")
+    _check_folder("--backbones", backbones, BACKBONES_VARIABLE, run.settings.backbone.name if checkpoint else "")
     if resume := values.get("resume", ""):
         path = Path(str(resume)).expanduser()
         check_past(str(path if path.is_absolute() else Path(run.settings.runs_dir) / path.name), run)
@@ -59,6 +78,14 @@ def check_clients(strategy: StrategyConfig, clients: int) -> None:
             f"{clients} client(s) would be started, but the strategy waits for {needed} (strategy.min_clients, "
             "strategy.min_available_clients)."
         )
+
+
+def _check_folder(option: str, given: Path | None, variable: str, needed_by: str) -> None:
+    """Refuse a folder that is not there, and none where something of this name lies in one."""
+    if given is not None and not given.is_dir():
+        raise ConfigError(f"{option} {given} is no folder; give the one that holds the files.")
+    if needed_by and given is None and not os.environ.get(variable):
+        raise ConfigError(f"{needed_by!r} lies in a folder: say where by {option} /path, or the variable {variable}.")
 
 
 def _values(run_config: Sequence[str]) -> dict[str, Any]:

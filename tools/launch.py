@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     try:
         with _signals_raise():
-            check_run(options["app"], options["run_config"], options["clients"], options["runs_dir"])
+            folders = {name: options[name] for name in ("runs_dir", "data", "backbones")}
+            check_run(options["app"], options["run_config"], options["clients"], **folders)
             outcome = run_app(options.pop("app"), **options, output=sys.stdout)
     except ConfigError as error:
         print(error, file=sys.stderr)

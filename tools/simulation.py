@@ -29,6 +29,7 @@ _PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # what `flwr run` takes
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _BLANK = re.compile(r"\s*([A-Z]+\s*:)?\s*")  # nothing, or a level without a message
 _ERROR = re.compile(r"(ERROR|CRITICAL)\s*:|[A-Za-z_][\w.]*(Error|Exception)\b")
+_TOLD = re.compile(r"(ERROR\s*:\s*The run stops|[A-Za-z_][\w.]*(Error|Exception)): ")
 _NOTHING = re.compile(r"Exit Code:|Traceback \(most recent|Simulation raised an exception")
 
 
@@ -68,6 +69,7 @@ class RunOutcome:
         if self.completed:
             return message
         errors = [line for line in self.log.splitlines() if _ERROR.match(line) and not _NOTHING.search(line)]
+        errors = [line for line in errors if _TOLD.sub("", line, count=1) not in self.details]
         once = list(dict.fromkeys(reversed(errors)))[:ERROR_LINES]
         return "\n".join([f"{message}: {self.details}", *reversed(once)])
 

@@ -12,7 +12,6 @@ from tools.launch import main
     [
         [],
         ['strategy="fedprox" seed=3', 'overrides="strategy.proximal_mu=0.1 lora.rank=16"'],
-        ["dataset='image_folder' overrides='dataset.classes=[\"rose, wild\",tulip]'"],
         ["missing.toml"],
     ],
 )
@@ -36,6 +35,21 @@ def test_a_mistake_is_told_in_one_sentence(run_config, sentence):
     with pytest.raises(ConfigError, match=sentence) as caught:
         check_run(APP, run_config, clients=2)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_data_and_backbones_in_folders_need_to_be_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("PETALWISE_DATA", raising=False)
+    monkeypatch.delenv("PETALWISE_BACKBONES", raising=False)
+    flowers = ["dataset='image_folder' overrides='dataset.classes=[\"rose, wild\",tulip]'"]
+    with pytest.raises(ConfigError, match="'image_folder' lies in a folder: say where by --data /path"):
+        check_run(APP, flowers, clients=2)
+    with pytest.raises(ConfigError, match="--data .*/missing is no folder"):
+        check_run(APP, flowers, clients=2, data=tmp_path / "missing")
+    check_run(APP, flowers, clients=2, data=tmp_path)
+    monkeypatch.setenv("PETALWISE_DATA", str(tmp_path))
+    check_run(APP, flowers, clients=2)
+    with pytest.raises(ConfigError, match="lies in a folder: say where by --backbones /path"):
+        check_run(APP, ['backbone="dinov2_small_file"'], clients=2)
 
 
 def test_a_file_is_checked_too(tmp_path):

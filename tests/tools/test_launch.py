@@ -268,4 +268,7 @@ def test_summary_repeats_the_last_errors_once() -> None:
     assert outcome.summary == (
         "Run 1 ended as finished:failed after 2 s: it failed\nERROR :   first\nValueError: told to fail"
     )
+    log += "ERROR :   The run stops: no data.\ntask.errors.DataError: no data.\n"
+    outcome = RunOutcome(1, "finished:failed", "Simulation failed with exception: no data.", 2.0, log)
+    assert outcome.summary.count("no data.") == 1
     assert RunOutcome(1, "finished:completed", "", 2.0, log).summary == "Run 1 ended as finished:completed after 2 s"
