@@ -61,7 +61,7 @@ def _run_config() -> str:
         preset = (CONF_FOLDER / key).is_dir()
         meaning = f"A preset of [`{key}`](#{key})." if preset else meanings[name]
         rows.append([f"`{key}`", type(default).__name__, _code(override_value(default)), meaning])
-    text = "`flwr run . -c '...'` and `python -m tools.launch -c '...'` take these; text in double quotes, as in TOML."
+    text = "`-c` of `flwr run` and of `python -m tools.launch` takes these; text stands in double quotes, as in TOML."
     return f"## Flower's run config\n\n{text}\n\n{_table(['key', 'type', 'default', 'meaning'], rows)}"
 
 
@@ -102,7 +102,7 @@ def _merge_table() -> str:
 def _node_config() -> str:
     meanings = field_meanings(Node) | field_meanings(OwnSettings)
     rows = [[f"`{key}`", meanings[key.replace("-", "_")]] for key in NODE_KEYS]
-    text = 'What a site says of itself in `flower-supernode --node-config`, as TOML: `name="site-1" batch-size=8`.'
+    text = 'What a site says of itself, by `--node-config` of its SuperNode, as TOML: `name="site-1" batch-size=8`.'
     more = "[Your own data](../own_data.md) says more."
     return f"## Node config\n\n{text} {more}\n\n{_table(['key', 'meaning'], rows)}"
 
