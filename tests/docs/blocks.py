@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -45,7 +46,13 @@ class Command:
     def words(self) -> list[str]:
         """What a shell would hand on; three dots at the end stand for more of the same."""
         words = shlex.split(re.sub(r"\$\(echo (.*?)\)", r"\1", self.text), comments=True)
-        return [word for word in words if word != "..."]
+        return [word for word in words if word != "..."][len(self.environment) :]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that are set for this command alone, before its name."""
+        words = takewhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(self.text, comments=True))
+        return dict(word.split("=", 1) for word in words)
 
 
 def read_blocks() -> Iterator[Block]:

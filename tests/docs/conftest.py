@@ -15,15 +15,18 @@ from server_app.app import run_federation
 from server_app.compose import compose_run
 from tools.debug import InProcessGrid, simulated_nodes
 
-SMALL = [
-    "backbone=vit_pico_random",
-    "backbone.image_size=16",
-    "backbone.arguments={patch_size:4,embed_dim:32,depth:2,num_heads:2}",
+DATA = [
     "dataset.max_train_samples=300",
     "dataset.max_test_samples=40",
     "partition.min_samples=2",
     "train.max_steps=2",
     "num_server_rounds=2",
+]
+SMALL = [
+    "backbone=vit_pico_random",
+    "backbone.image_size=16",
+    "backbone.arguments={patch_size:4,embed_dim:32,depth:2,num_heads:2}",
+    *DATA,
 ]
 """What makes a command of the docs a matter of seconds."""
 RUN = re.compile(r"runs/(?:\d{8}-\d{6}-(?P<strategy>\w+)|[ab])")

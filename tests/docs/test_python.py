@@ -9,7 +9,9 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from PIL import Image
 
-from tests.docs.blocks import read_blocks
+from server_app.saving import open_adapter
+from tests.docs.blocks import read_blocks, read_commands
+from tests.docs.conftest import DATA
 from tools.debug import InProcessGrid, simulated_nodes
 
 UNTITLED = [block for block in read_blocks() if block.language == "python" and not block.title]
@@ -31,7 +33,7 @@ def execute():
 
 
 def test_all_pages_with_python_are_executed_here():
-    assert set(PAGES) == {"README.md", "docs/carry_away.md"}
+    assert set(PAGES) == {"README.md", "docs/carry_away.md", "docs/own_backbone.md"}
 
 
 def test_a_strategy_works_in_a_server_app_of_ones_own(execute):
@@ -64,3 +66,14 @@ def test_exported_forms_open_and_agree(execute, finished, start, monkeypatch):
             logits = names[form](names["images"])
             torch.testing.assert_close(logits, torch.from_numpy(names["logits"]), rtol=1e-4, atol=1e-5)
     assert np.abs(names["logits"]).max() > 0.01
+
+
+def test_a_backbone_of_ones_own_is_saved_and_trained_on(execute, start, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    execute("docs/own_backbone.md")
+    [command] = [one for one in read_commands() if one.page == "docs/own_backbone.md" and one.environment]
+    monkeypatch.setenv("PETALWISE_BACKBONES", command.environment["PETALWISE_BACKBONES"])
+    module, *overrides = command.words[2:]
+    start(module, *DATA, *overrides)
+    [run] = (tmp_path / "runs").iterdir()
+    assert open_adapter(run, tmp_path / "backbones")(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

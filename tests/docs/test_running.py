@@ -19,8 +19,9 @@ LEAVES = {
     "tools.report": "**/report.html",
 }
 """Modules that are run, and what each must leave."""
-ELSEWHERE = ("RUN", "--resume")
-"""Words of commands that are no example to run, or go on with a run, as tests/server_app/test_resuming.py does."""
+ELSEWHERE = ("RUN", "--resume", "strategy=trimmed_mean")
+"""Words of commands that are no example to run, that go on with a run (tests/server_app/test_resuming.py does), or that
+take the strategy which test_own_strategy.py makes."""
 
 
 def runnable():
@@ -28,6 +29,8 @@ def runnable():
     found = {}
     for command in read_commands():
         words = command.words
+        if command.environment:  # its files come from a block before it: test_python.py
+            continue
         made = [words] if words[:2] == ["python", "-m"] else []
         if words[0] == "make" and any("=" in word for word in words[1:]):
             made = [one.words for one in make_commands(words[1:])]

@@ -10,7 +10,7 @@ import task.backbone
 import task.data.sources
 from client_app.node import NODE_KEYS, Node, OwnSettings
 from server_app.compose import CONF_FOLDER, RunSettings
-from strategies import SCHEDULES, STRATEGIES, LayerwiseStrategy, Schedule, StrategyConfig
+from strategies import SCHEDULES, STRATEGIES, LayerwiseStrategy, Schedule, ScheduleConfig, StrategyConfig
 from strategies.livar.table import MergeTable
 from tools.site.presets import Preset, read_presets
 from tools.site.schemas import Key, constant_meanings, field_meanings, override_value, schema_keys
@@ -83,12 +83,10 @@ def _choices(group: str) -> str:
     presets = read_presets(group)
     meaning = field_meanings(RunSettings)[group].split(";")[0]
     parts = [f"## {group}\n\n{meaning}.\n\n{_preset_rows(presets)}"]
-    common = ["name"]
-    if group == "strategy":
-        common = list(StrategyConfig.__dataclass_fields__)
-        parts.append(f"### Options of all strategies\n\n{_key_rows(schema_keys(StrategyConfig, 'strategy.'))}")
+    base = StrategyConfig if group == "strategy" else ScheduleConfig
+    parts.append(f"### Options of every {group}\n\n{_key_rows(schema_keys(base, f'{group}.'))}")
     for name, kind in registry.items():
-        keys = schema_keys(kind.Config, f"{group}.", without=common)
+        keys = schema_keys(kind.Config, f"{group}.", without=list(base.__dataclass_fields__))
         if keys:
             parts.append(f"### `{group}.name={name}`\n\n{_text(_first_line(kind))}\n\n{_key_rows(keys)}")
     return "\n".join(parts)
