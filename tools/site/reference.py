@@ -60,9 +60,9 @@ def _run_config() -> str:
         name = key.replace("-", "_")
         preset = (CONF_FOLDER / key).is_dir()
         meaning = f"A preset of [`{key}`](#{key})." if preset else meanings[name]
-        rows.append([f"`{key}`", type(default).__name__, _code(override_value(default)), meaning])
+        rows.append([f"`{key}`", meaning, type(default).__name__, _code(override_value(default))])
     text = "`-c` of `flwr run` and of `python -m tools.launch` takes these; text stands in double quotes, as in TOML."
-    return f"## Flower's run config\n\n{text}\n\n{_table(['key', 'type', 'default', 'meaning'], rows)}"
+    return f"## Flower's run config\n\n{text}\n\n{_table(['key', 'meaning', 'type', 'default'], rows)}"
 
 
 def _run_keys() -> str:
@@ -124,8 +124,8 @@ def _preset_rows(presets: Sequence[Preset]) -> str:
 
 
 def _key_rows(keys: Iterable[Key]) -> str:
-    rows = [[f"`{key.path}`", key.kind, _code(key.default), key.values, key.meaning] for key in keys]
-    return _table(["key", "type", "default", "values", "meaning"], rows)
+    rows = [[f"`{key.path}`", key.meaning, key.kind, _code(key.default), key.values] for key in keys]
+    return _table(["key", "meaning", "type", "default", "values"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
