@@ -79,8 +79,10 @@ def test_every_page_is_at_home(page, address, built_site, request):
 def test_search_finds_a_key(page, address):
     opened, _, errors = page
     opened.goto(f"{address}/index.html")
-    opened.locator("label[for=__search]").first.click() if opened.viewport_size["width"] < 600 else None
-    opened.locator("input.md-search__input").fill("proximal_mu")
+    if opened.viewport_size["width"] < 600:
+        opened.locator("label.md-header__button[for=__search]").click()
+    opened.locator("input.md-search__input").click()
+    opened.keyboard.type("proximal_mu", delay=20)
     opened.locator(".md-search-result__link").first.wait_for(timeout=20_000)
     assert "reference/config.html" in opened.locator(".md-search-result__list").inner_html()
     assert errors == []
