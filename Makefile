@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo bench debug check-node explain predict export watch report sweep certificates node-key lint types test test-quick test-faults clean
+.PHONY: help setup demo bench debug check-node explain predict export watch report sweep certificates node-key docs docs-serve lint types test test-quick test-faults clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -63,6 +63,14 @@ node-key: $(STAMP) ## Make a SuperNode's key pair: make node-key NAME=site-1 [OU
 	@test -n "$(NAME)" || { echo 'Say which site: make node-key NAME=site-1' >&2; exit 2; }
 	@$(BIN)/python -m tools.node_key '$(NAME)' $(if $(OUT),--out '$(OUT)')
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP) ## Build the documentation site: site/index.html.
+	$(BIN)/python -m tools.site
+	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(STAMP) ## Serve the documentation on http://127.0.0.1:8000 and build it anew at every change.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 lint: $(STAMP) ## Check style, formatting and the direction of imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,4 +99,4 @@ test-faults: $(STAMP) ## Run the tests that kill and freeze real processes and c
 	$(BIN)/pytest tests/test_hostile_clients.py
 
 clean: ## Remove the environment and caches; run folders stay.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .flwr build dist *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .flwr build dist site *.egg-info

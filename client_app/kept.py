@@ -18,6 +18,8 @@ from task.folders import node_folder
 from task.messages import NOT_KEPT
 
 STATE_VARIABLE = "PETALWISE_STATE"
+"""Existing folder for what clients keep between rounds, where the node config names none; by default
+``petalwise/state`` in the user's cache (``XDG_CACHE_HOME``, ``~/.cache``)."""
 DAYS_UNTOUCHED = 7
 DIGEST_LENGTH = 32
 

@@ -21,6 +21,7 @@ from task.seeding import derive_seed
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent / "weights"
 BACKBONES_VARIABLE = "PETALWISE_BACKBONES"
+"""Folder of backbone files, of a client whose node config names none, and of the server's own process."""
 REFUSED_ARGUMENTS = ("checkpoint_path", "cache_dir", "features_only", "img_size", "num_classes", "pretrained")
 """Starts of timm's arguments that say what other keys say, or make timm read or write other files."""
 DELIVERED = "delivered"

@@ -16,6 +16,7 @@ from task.errors import ConfigError, DataError, did_you_mean, shortened
 from task.folders import node_folder
 
 DATA_VARIABLE = "PETALWISE_DATA"
+"""Folder of the data, of a client whose node config names none, and of the server's own process."""
 MAX_LABEL = 100_000
 """Highest label of classes without names; a larger one is an identifier, not a class."""
 

@@ -72,22 +72,6 @@ def test_the_cards_code_gives_the_logits_of_the_run(exported, backbones, monkeyp
 
 
 @pytest.mark.slow
-def test_the_code_in_the_docs_works(exported, monkeypatch):
-    _, folder = exported("digits_run")
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / "image.png")
-    monkeypatch.chdir(folder)
-    code = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "carry_away.md").read_text(), re.DOTALL)
-    names = {}
-    with torch.inference_mode():
-        for block in code:
-            exec(block, names)
-        for form in ("adapted", "merged"):
-            torch.testing.assert_close(
-                names[form](names["images"]), torch.from_numpy(names["logits"]), rtol=1e-4, atol=1e-5
-            )
-
-
-@pytest.mark.slow
 def test_a_clients_own_model_is_exported_with_a_card_of_its_own(exported):
     run, folder = exported("personal_run", "2")
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
