@@ -2,11 +2,11 @@
 
 import os
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server_app.compose import FIRST_CLASS_KEYS, compose_run
+from server_app.compose import FIRST_CLASS_KEYS, ComposedRun, compose_run
 from server_app.resuming import check_past
 from strategies import StrategyConfig
 from task.backbone import BACKBONES_VARIABLE
@@ -50,24 +50,29 @@ def check_run(
     """
     if app.resolve() != APP:
         return
-    values = _values(run_config)
+    values = run_config_values(run_config)
+    run = checked_config({"runs-dir": str(runs_dir.resolve()), **values}, clients)
+    dataset, backbone = run.settings.dataset, run.settings.backbone
+    in_folder = dataset.source in ("parquet", "folder")
+    _check_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
+    in_folder = backbone.source == "checkpoint"
+    _check_folder("--backbones", backbones, BACKBONES_VARIABLE, backbone.name if in_folder else "")
+    if resume := values.get("resume", ""):
+        path = Path(str(resume)).expanduser()
+        check_past(str(path if path.is_absolute() else Path(run.settings.runs_dir) / path.name), run)
+
+
+def checked_config(values: Mapping[str, Any], clients: int) -> ComposedRun:
+    """Compose a run config for so many simulated clients; a ConfigError says what is wrong with it."""
     for key in values:
         if key not in KEYS:
             raise ConfigError(
                 f"The run config has no key {key!r}; it has: {', '.join(KEYS)}. Anything else goes into "
                 f"overrides.{did_you_mean(key, KEYS)}"
             )
-    run = compose_run({"runs-dir": str(runs_dir.resolve()), **values})
+    run = compose_run(values)
     check_clients(run.strategy, clients)
-    stored, checkpoint = (
-        run.settings.dataset.source in ("parquet", "folder"),
-        run.settings.backbone.source == "checkpoint",
-    )
-    _check_folder("--data", data, DATA_VARIABLE, run.settings.dataset.name if stored else "")
-    _check_folder("--backbones", backbones, BACKBONES_VARIABLE, run.settings.backbone.name if checkpoint else "")
-    if resume := values.get("resume", ""):
-        path = Path(str(resume)).expanduser()
-        check_past(str(path if path.is_absolute() else Path(run.settings.runs_dir) / path.name), run)
+    return run
 
 
 def check_clients(strategy: StrategyConfig, clients: int) -> None:
@@ -88,7 +93,7 @@ def _check_folder(option: str, given: Path | None, variable: str, needed_by: str
         raise ConfigError(f"{needed_by!r} lies in a folder: say where by {option} /path, or the variable {variable}.")
 
 
-def _values(run_config: Sequence[str]) -> dict[str, Any]:
+def run_config_values(run_config: Sequence[str]) -> dict[str, Any]:
     """Parse the values as Flower does; those of a file that cannot be read are left to who reads it."""
     if len(run_config) == 1 and run_config[0].endswith(".toml"):
         try:

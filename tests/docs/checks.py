@@ -23,11 +23,12 @@ from client_app.node import OwnSettings, unknown_keys
 from server_app.compose import check_composed, compose_run
 from tests.conftest import REPOSITORY
 from tests.docs.blocks import Command
-from tools.check import check_run
+from tools.check import checked_config, run_config_values
 from tools.sweep.multirun import multirun
 
 UNCHECKED = {
     r"(cd|export|source) ": "changes the reader's shell",
+    r"rm ": "removes what the reader has made",
     r"(useradd|install -d|python3 -m venv|apt-get) ": "prepares an operator's host, as root",
     r"(tensorboard --logdir|mlflow ui|wandb sync)\b": "a program of another project",
 }
@@ -107,7 +108,8 @@ def check_module(module: str, arguments: list[str], folder: Path) -> None:
     """Parse the arguments and read the config or the study that they speak of."""
     given = parse(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True), [module, *arguments])
     if module == "tools.launch":
-        check_run(REPOSITORY / given.app, given.run_config, given.clients)
+        assert (REPOSITORY / given.app).resolve() == REPOSITORY
+        checked_config(run_config_values(given.run_config), given.clients)
     elif module == "tools.sweep":
         less = ["hydra.sweeper.n_trials=2"] if "hydra/sweeper=optuna" in given.overrides else []
         multirun(
@@ -128,7 +130,7 @@ def check_flwr(arguments: list[str]) -> None:
         command = command.commands[left.pop(0)]
     given = command.make_context(command.name, left).params
     if command.name == "run":
-        check_run(REPOSITORY, given["run_config_overrides"], clients=10)
+        checked_config(run_config_values(given["run_config_overrides"]), clients=10)
         parse_config_args(list(given["federation_config_overrides"]))
 
 
