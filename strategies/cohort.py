@@ -80,6 +80,7 @@ class ClientDirectory:
     examples: dict[str, int] = field(default_factory=dict)
     """Number of training images by identity, as far as clients say."""
     _sent: dict[str, str] = field(default_factory=dict)
+    _holders: dict[str, str] = field(default_factory=dict)
 
     def discover(self, grid: Grid, context: TaskContext, layout: str, timeout: float) -> list[Message]:
         """Ask nodes not met before who they are and what they hold; forget nodes that left.
@@ -102,6 +103,7 @@ class ClientDirectory:
         """
         online = set(grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
+        self._holders = {share: name for name, share in self.shares.items() if share and name in self.nodes}
         self.refused = {
             node: refusal
             for node, refusal in self.refused.items()
@@ -177,13 +179,15 @@ class ClientDirectory:
             self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH], name_taken)
         else:
             self.nodes[name], self.shares[name] = node, share
+            if share:
+                self._holders[share] = name
             examples = record.get("examples")
             self.examples[name] = examples if isinstance(examples, int) and 0 < examples <= MAX_EXAMPLES else 0
 
     def _share_problem(self, name: str, share: str) -> str:
         """Say who has a client's images already, or nothing."""
-        holders = [other for other in self.nodes if share and other != name and self.shares.get(other) == share]
-        return f"client {holders[0]} has {share} already; give it a `partition-id` of its own" if holders else ""
+        holder = self._holders.get(share, name)
+        return f"client {holder} has {share} already; give it a `partition-id` of its own" if holder != name else ""
 
     def _note_silence(self, node: int, reason: str, context: TaskContext) -> None:
         """Count a query without a proper answer; an app without the query is known by its node id."""

@@ -46,6 +46,8 @@ class RoundLoop:
     on_round: OnRound | None = None
     first_round: int = 0
     """Where to begin: 0, or behind the rounds of a strategy that goes on."""
+    _told: dict[str, str] = field(default_factory=dict)
+    """The partitions of the clients of the round before."""
 
     def run(self) -> Result:
         """Find the clients and run the rounds; round 0 evaluates the initial model."""
@@ -105,7 +107,10 @@ class RoundLoop:
             else:
                 report.bytes_down += content_bytes(message.content)
         report.clients_refused = strategy.directory.refusals
-        report.clients_partition = strategy.directory.partitions
+        partitions = strategy.directory.partitions
+        news = partitions.items() - self._told.items()
+        report.clients_partition = {client: share for client, share in partitions.items() if (client, share) in news}
+        self._told = partitions
 
     def _train(self, server_round: int, result: Result) -> None:
         """Discover clients that joined, send the model and let the cohort train, merge the replies."""

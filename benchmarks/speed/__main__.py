@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.speed import machine, server, signals, simulation, step
+from benchmarks.speed import deployed, growth, machine, server, signals, simulation, startup, step
 from benchmarks.speed.results import Found, write
 from task.errors import PetalwiseError
 
@@ -19,6 +19,9 @@ CASES: dict[str, Callable[[int], Found]] = {
     "signals": signals.measure,
     "server": server.measure,
     "simulation": simulation.measure,
+    "deployed": deployed.measure,
+    "startup": startup.measure,
+    "growth": growth.measure,
 }
 
 

@@ -149,16 +149,22 @@ def run_other_app(
     Path
         The folder in which the app has written what it found.
     """
-    app, out = scratch / "app", scratch / "out"
+    out = scratch / "out"
     out.mkdir()
-    for package in SHARED:
-        shutil.copytree(APP / package, app / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(Path(__file__).parent / "apps" / f"{name}.py", app / f"{name}_app.py")
-    shutil.copy(APP / "LICENSE", app)
-    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**config, "runs-dir": str(out)}.items())
-    (app / "pyproject.toml").write_text(PYPROJECT.format(name=name, entries=entries), encoding="utf-8")
+    app = write_app(name, {**config, "runs-dir": str(out)}, scratch / "app")
     _completed(link, app, [], clients, out)
     return out
+
+
+def write_app(name: str, config: Mapping[str, str | float], folder: Path) -> Path:
+    """Put an app of :mod:`benchmarks.speed.apps`, what it imports and its run config into a folder; return it."""
+    for package in SHARED:
+        shutil.copytree(APP / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).parent / "apps" / f"{name}.py", folder / f"{name}_app.py")
+    shutil.copy(APP / "LICENSE", folder)
+    entries = "\n".join(f"{key} = {json.dumps(value)}" for key, value in config.items())
+    (folder / "pyproject.toml").write_text(PYPROJECT.format(name=name, entries=entries), encoding="utf-8")
+    return folder
 
 
 def _completed(link: SimulationSuperLink, app: Path, run_config: list[str], clients: int, runs_dir: Path) -> None:

@@ -144,7 +144,8 @@ def test_two_nodes_with_the_same_images_are_told_apart():
     _, reports = start(script)
     assert reports[1].clients_used == ["0", "1", "2"]
     assert "client 1 has partition 1 of 4 already" in reports[1].clients_refused["3"]
-    assert reports[1].clients_partition == {name: f"partition {name} of 4" for name in ("0", "1", "2")}
+    assert reports[0].clients_partition == {name: f"partition {name} of 4" for name in ("0", "1", "2")}
+    assert not reports[1].clients_partition, "what was said is not said again in every round"
 
 
 def test_a_node_that_comes_back_as_another_is_welcome_once_the_old_one_has_left():
