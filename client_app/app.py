@@ -121,7 +121,7 @@ def train_round(message: Message, context: Context) -> Message:
         score = evaluate(worker.model, data.test, worker.normaliser)
         metrics |= {f"test-{key}": value for key, value in _score_metrics(score).items()}
     started = time.perf_counter()
-    _train_head(worker, node, instruction)
+    _train_head(worker, node, instruction, "")
     since = last_epoch_start(len(data.train), task.train)
     with Recorder(instruction.signals, worker.model, worker.optimizer, since) as recorder:
         outcome = _train(worker, node, instruction, "", recorder, optimizer_state)
@@ -162,6 +162,7 @@ def evaluate_round(message: Message, context: Context) -> Message:
     test = worker.client_data(node).test
     metrics = _score_metrics(evaluate(worker.model, test, worker.normaliser))
     if instruction.evaluate == "tuned":
+        _train_head(worker, node, instruction, "tuning-")
         _train(worker, node, instruction, "tuning-")
         score = evaluate(worker.model, test, worker.normaliser)
         metrics |= {f"tuned-{key}": value for key, value in _score_metrics(score).items()}
@@ -185,11 +186,12 @@ def _exchanger(node: Node, worker: Worker, instruction: Instruction) -> Exchange
     return Exchanger(worker.model, instruction.exchange, keeper, instruction.server_round)
 
 
-def _train_head(worker: Worker, node: Node, instruction: Instruction) -> None:
+def _train_head(worker: Worker, node: Node, instruction: Instruction, purpose: str) -> None:
     """Train the head alone for as many epochs as are asked for; the adapter stands still."""
     if epochs := instruction.head_epochs:
         adapter = [part for unit, part in worker.model.layout.slices.items() if unit != HEAD]
-        train(worker.model, worker.optimizer, _batches(worker, node, instruction, "head-", epochs), still=adapter)
+        batches = _batches(worker, node, instruction, f"{purpose}head-", epochs)
+        train(worker.model, worker.optimizer, batches, still=adapter)
 
 
 def _train(

@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         run_federation(grid, compose_run(context.run_config), str(context.run_config.get("resume", "")))
     except PetalwiseError as error:
         log(ERROR, "The run stops: %s", error)
-        if os.environ.get("FLWR_LOG_LEVEL") != "DEBUG":
+        if os.environ.get("FLWR_LOG_LEVEL", "").upper() != "DEBUG":
             sys.tracebacklimit = 0
         raise type(error)(str(error)) from None
 

@@ -85,11 +85,14 @@ def open_past(resume: str, given: ComposedRun) -> Past:
     return Past(run, folder, checkpoint, folder.reports(checkpoint.metrics_bytes))
 
 
-def check_past(resume: str, given: ComposedRun) -> None:
-    """Refuse what :func:`open_past` would refuse of a run and its config; nothing of the run is changed."""
+def check_past(resume: str, given: ComposedRun) -> ComposedRun:
+    """Compose the config that a run goes on with, and change nothing of the run.
+
+    What :func:`open_past` refuses of config and checkpoint is refused.
+    """
     folder = RunFolder(_existing(resume, Path(given.settings.runs_dir)))
     try:
-        _agreed(folder, given)
+        return _agreed(folder, given)[0]
     finally:
         folder.release()
 

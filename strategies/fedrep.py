@@ -32,3 +32,7 @@ class FedRep(FedPer):
     def instruction(self, server_round: int) -> Instruction:
         """Ask for the head's epochs."""
         return replace(super().instruction(server_round), head_epochs=self.config.head_epochs)
+
+    def without_training(self, server_round: int) -> Instruction:
+        """Ask for them as well where a client evaluates what tuning would bring."""
+        return replace(super().without_training(server_round), head_epochs=self.config.head_epochs)

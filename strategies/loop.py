@@ -47,7 +47,7 @@ class RoundLoop:
     first_round: int = 0
     """Where to begin: 0, or behind the rounds of a strategy that goes on."""
     _told: dict[str, str] = field(default_factory=dict)
-    """The partitions of the clients of the round before."""
+    """The partitions of the clients that reports have named."""
 
     def run(self) -> Result:
         """Find the clients and run the rounds; round 0 evaluates the initial model."""
@@ -70,6 +70,7 @@ class RoundLoop:
             if self.on_round:
                 self.on_round(self.strategy.report)
                 kept = {"keep": round(time.perf_counter() - began, 4)}
+            self._told = self.strategy.directory.partitions
             self._stop_if_hopeless(server_round)
         if self.first_round > self.num_rounds:  # all rounds were done before, well or badly
             self._stop_if_hopeless(self.num_rounds)
@@ -107,10 +108,8 @@ class RoundLoop:
             else:
                 report.bytes_down += content_bytes(message.content)
         report.clients_refused = strategy.directory.refusals
-        partitions = strategy.directory.partitions
-        news = partitions.items() - self._told.items()
-        report.clients_partition = {client: share for client, share in partitions.items() if (client, share) in news}
-        self._told = partitions
+        here = strategy.directory.partitions
+        report.clients_partition = {client: share for client, share in here.items() if self._told.get(client) != share}
 
     def _train(self, server_round: int, result: Result) -> None:
         """Discover clients that joined, send the model and let the cohort train, merge the replies."""

@@ -52,14 +52,14 @@ def check_run(
         return
     values = run_config_values(run_config)
     run = checked_config({"runs-dir": str(runs_dir.resolve()), **values}, clients)
+    if resume := str(values.get("resume", "")):
+        run = check_past(str(_found(resume, Path(run.settings.runs_dir))), run)
+        check_clients(run.strategy, clients)
     dataset, backbone = run.settings.dataset, run.settings.backbone
     in_folder = dataset.source in ("parquet", "folder")
     _check_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
     in_folder = backbone.source == "checkpoint"
     _check_folder("--backbones", backbones, BACKBONES_VARIABLE, backbone.name if in_folder else "")
-    if resume := values.get("resume", ""):
-        path = Path(str(resume)).expanduser()
-        check_past(str(path if path.is_absolute() else Path(run.settings.runs_dir) / path.name), run)
 
 
 def checked_config(values: Mapping[str, Any], clients: int) -> ComposedRun:
@@ -71,7 +71,8 @@ def checked_config(values: Mapping[str, Any], clients: int) -> ComposedRun:
                 f"overrides.{did_you_mean(key, KEYS)}"
             )
     run = compose_run(values)
-    check_clients(run.strategy, clients)
+    if not values.get("resume"):  # the config of a run to go on with is its own
+        check_clients(run.strategy, clients)
     return run
 
 
@@ -85,12 +86,22 @@ def check_clients(strategy: StrategyConfig, clients: int) -> None:
         )
 
 
+def _found(resume: str, runs_dir: Path) -> Path:
+    """Find a run as the server will: by its absolute path, or by its name below ``runs-dir``."""
+    path = Path(resume).expanduser()
+    found = path if path.is_absolute() else runs_dir / path.name
+    if not (found / "config.yaml").is_file():
+        raise ConfigError(f"resume={resume!r}: {found} is no run folder; give its absolute path, or --runs-dir.")
+    return found
+
+
 def _check_folder(option: str, given: Path | None, variable: str, needed_by: str) -> None:
     """Refuse a folder that is not there, and none where something of this name lies in one."""
-    if given is not None and not given.is_dir():
-        raise ConfigError(f"{option} {given} is no folder; give the one that holds the files.")
-    if needed_by and given is None and not os.environ.get(variable):
+    said, value = (option, str(given)) if given is not None else (variable, os.environ.get(variable, ""))
+    if needed_by and not value:
         raise ConfigError(f"{needed_by!r} lies in a folder: say where by {option} /path, or the variable {variable}.")
+    if (needed_by or given is not None) and not Path(value).expanduser().is_dir():
+        raise ConfigError(f"{said} {value} is no folder; give the one that holds the files.")
 
 
 def run_config_values(run_config: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def over_represented(
     classes_per_client : int
         Number of classes of which a client has more, at most those in ``labels``.
     share : float
-        From 0, which is IID, to 1, with which clients have no other classes.
+        From 0, which is IID, to 1, with which clients have no other classes but those that nobody drew.
     seed : int
         Seed of all draws.
 

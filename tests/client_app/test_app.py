@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from client_app.app import app
+from client_app.app import _train_head, app
 from client_app.node import Node
-from client_app.worker import worker_for
+from client_app.worker import worker_for, worker_of
 from server_app.compose import compose_run
 from task.arrays import FLAT, flat_to_array
 from task.config import task_to_json
@@ -159,6 +159,18 @@ def test_the_head_is_trained_first_and_the_adapter_for_it(grid, model):
     assert np.abs(more[: head.start] - one[: head.start]).max() > 0
     assert np.abs(one[: head.start] - model.read()[: head.start]).max() > 0
     assert np.abs(trained(0)[head] - one[head]).max() > 0
+
+
+@pytest.mark.parametrize("purpose", ["", "tuning-"])
+def test_while_the_head_is_trained_the_adapter_keeps_its_bits(model, purpose):
+    instruction = Instruction(1, task_json("train.max_steps=1"), model.layout.digest, head_epochs=1)
+    node = Node.from_config({"partition-id": 0, "num-partitions": 3}, 1)
+    worker = worker_of(node, instruction.task)
+    worker.model.load(model.read())
+    _train_head(worker, node, instruction, purpose)
+    head, flat = model.layout.slices["head"], worker.model.read()
+    np.testing.assert_array_equal(flat[: head.start], model.read()[: head.start])
+    assert np.abs(flat[head] - model.read()[head]).max() > 0
 
 
 def test_another_layout_is_refused(grid, model):

@@ -46,10 +46,11 @@ def test_a_client_that_sat_out_goes_on_from_its_last_round():
 
 
 def test_fedrep_is_fedper_but_for_the_epochs_of_the_head():
-    flat, _, _, script = run(name="fedrep", head_epochs=3)
+    flat, strategy, _, script = run(name="fedrep", head_epochs=3)
     expected, _, _, plain = run(name="fedper")
     np.testing.assert_array_equal(flat, expected)
     assert {instruction.head_epochs for _, instruction, _ in script.heard} == {3}
+    assert strategy.without_training(1).head_epochs == 3
     for client_and_round, start in starts(plain).items():
         np.testing.assert_array_equal(starts(script)[client_and_round], start)
 

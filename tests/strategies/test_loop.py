@@ -338,3 +338,34 @@ def test_only_messages_with_the_model_are_counted_by_unit():
 
     _, reports = start(Script(edit=edit))
     assert sum(reports[1].bytes_up_by_unit.values()) == 2 * 4 * LAYOUT.size
+
+
+class ArrivingGrid(ShufflingGrid):
+    """Shows half of its nodes at the first look, and all from then on."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.looks = 0
+
+    def get_node_ids(self):
+        self.looks += 1
+        nodes = list(super().get_node_ids())
+        return nodes if self.looks > 1 else nodes[: len(nodes) // 2]
+
+
+def test_every_client_s_partition_is_named_once_whenever_it_came(monkeypatch):
+    monkeypatch.setattr(loop, "NODE_POLL_SECONDS", 0.01)
+    script = Script(share=lambda name: f"partition {name} of 4")
+    grid = ArrivingGrid(scripted_app(script), ["0", "1", "2", "3"])
+    _, reports = start(rounds=2, grid=grid, min_available_clients=4)
+    assert [set(report.clients_partition) for report in reports] == [{"0", "1", "2", "3"}, set(), set()]
+
+
+def test_a_run_that_goes_on_names_the_partitions_again():
+    script, reports = Script(share=lambda name: f"partition {name} of 3"), []
+    first = make_strategy("fedavg")
+    start(script, rounds=1, strategy=first)
+    again = make_strategy("fedavg")
+    grid = ShufflingGrid(scripted_app(script), NAMES)
+    again.start(grid, initial_arrays(), num_rounds=3, on_round=reports.append, state=first.state_dict())
+    assert [set(report.clients_partition) for report in reports] == [set(NAMES), set()]

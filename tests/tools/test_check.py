@@ -2,6 +2,7 @@
 
 import pytest
 
+from server_app.compose import compose_run
 from task.errors import ConfigError
 from tools.check import APP, check_run
 from tools.launch import main
@@ -27,7 +28,10 @@ def test_what_can_run_passes(run_config):
         (['strategy="fedproxx"'], r"strategy='fedproxx' is not one of: .* Did you mean 'fedprox'\?"),
         (['overrides="train.lrr=1"'], "train has no key 'lrr'"),
         (['overrides="seed=1"', 'overrides="train.lr=1"'], "gives 'overrides' twice"),
-        (['resume="runs/20200101-livar"'], r"resume='.*/runs/20200101-livar' is no run folder"),
+        (
+            ['resume="runs/20200101-livar"'],
+            r"resume='runs/20200101-livar': /.*/runs/20200101-livar is no run folder; give",
+        ),
         (['overrides="strategy.min_clients=3"'], r"2 client\(s\) would be started, but the strategy waits for 3"),
     ],
 )
@@ -48,8 +52,28 @@ def test_data_and_backbones_in_folders_need_to_be_there(tmp_path, monkeypatch):
     check_run(APP, flowers, clients=2, data=tmp_path)
     monkeypatch.setenv("PETALWISE_DATA", str(tmp_path))
     check_run(APP, flowers, clients=2)
+    monkeypatch.setenv("PETALWISE_DATA", str(tmp_path / "missing"))
+    check_run(APP, [], clients=2)
+    with pytest.raises(ConfigError, match="PETALWISE_DATA .*/missing is no folder"):
+        check_run(APP, flowers, clients=2)
     with pytest.raises(ConfigError, match="lies in a folder: say where by --backbones /path"):
         check_run(APP, ['backbone="dinov2_small_file"'], clients=2)
+
+
+def test_a_run_to_go_on_with_is_checked_by_its_own_config(tmp_path, monkeypatch):
+    monkeypatch.delenv("PETALWISE_DATA", raising=False)
+    folder = tmp_path / "20260101-120000-fedavg"
+    folder.mkdir()
+    overrides = ["dataset=image_folder", "dataset.classes=[rose,tulip]", "strategy.min_clients=6"]
+    (folder / "config.yaml").write_text(compose_run({}, overrides).yaml)
+    resume = [f'resume="{folder.name}"']
+    with pytest.raises(ConfigError, match=r"4 client\(s\) would be started, but the strategy waits for 6"):
+        check_run(APP, resume, clients=4, runs_dir=tmp_path)
+    with pytest.raises(ConfigError, match="'image_folder' lies in a folder"):
+        check_run(APP, resume, clients=6, runs_dir=tmp_path)
+    check_run(APP, resume, clients=6, runs_dir=tmp_path, data=tmp_path)
+    with pytest.raises(ConfigError, match="is no run folder"):
+        check_run(APP, resume, clients=6, data=tmp_path)
 
 
 def test_a_file_is_checked_too(tmp_path):

@@ -26,7 +26,7 @@ TEST_VARIABLES = {
     "PETALWISE_TEST_DATA": "Folder of real data sets and backbones, for the tests marked `data`; skipped without it."
 }
 OF_FLOWER = {
-    "resume": "Folder of a run to go on with; relative to the working directory of the server's process.",
+    "resume": "Folder of a run to go on with: an absolute path, or its name below `runs-dir`.",
     "overrides": "Hydra overrides of any key on this page, separated by blanks; they win over the other keys.",
 }
 HEAD = f"""# Config
