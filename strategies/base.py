@@ -181,6 +181,7 @@ class LayerwiseStrategy(Strategy):
             "merged_rounds": self.merged_rounds,
             "schedule": self.schedule.state_dict(),
             "clipping_norm": self.privacy.clipping_norm,
+            "named": dict(self.directory.named),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -191,6 +192,7 @@ class LayerwiseStrategy(Strategy):
         self.merged_rounds = state["merged_rounds"]
         self.schedule.load_state_dict(state["schedule"])
         self.privacy.clipping_norm = float(state["clipping_norm"])
+        self.directory.named = dict(state["named"])
 
     def evaluates_after(self, server_round: int) -> bool:
         """Tell whether the model of a round is evaluated: every so many, once all units are new; and the last."""

@@ -79,6 +79,8 @@ class ClientDirectory:
     """Partition by identity, of clients that have one of a common data set."""
     examples: dict[str, int] = field(default_factory=dict)
     """Number of training images by identity, as far as clients say."""
+    named: dict[str, str] = field(default_factory=dict)
+    """The share of the data that reports have named last, by identity."""
     _sent: dict[str, str] = field(default_factory=dict)
     _holders: dict[str, str] = field(default_factory=dict)
 

@@ -46,8 +46,6 @@ class RoundLoop:
     on_round: OnRound | None = None
     first_round: int = 0
     """Where to begin: 0, or behind the rounds of a strategy that goes on."""
-    _told: dict[str, str] = field(default_factory=dict)
-    """The partitions of the clients that reports have named."""
 
     def run(self) -> Result:
         """Find the clients and run the rounds; round 0 evaluates the initial model."""
@@ -67,10 +65,10 @@ class RoundLoop:
                     self._evaluate(server_round, result)
                 self._evaluate_centrally(server_round, result)
             began = time.perf_counter()
+            self.strategy.directory.named |= self.strategy.report.clients_partition
             if self.on_round:
                 self.on_round(self.strategy.report)
                 kept = {"keep": round(time.perf_counter() - began, 4)}
-            self._told = self.strategy.directory.partitions
             self._stop_if_hopeless(server_round)
         if self.first_round > self.num_rounds:  # all rounds were done before, well or badly
             self._stop_if_hopeless(self.num_rounds)
@@ -108,8 +106,8 @@ class RoundLoop:
             else:
                 report.bytes_down += content_bytes(message.content)
         report.clients_refused = strategy.directory.refusals
-        here = strategy.directory.partitions
-        report.clients_partition = {client: share for client, share in here.items() if self._told.get(client) != share}
+        here, named = strategy.directory.partitions, strategy.directory.named
+        report.clients_partition = {client: share for client, share in here.items() if named.get(client) != share}
 
     def _train(self, server_round: int, result: Result) -> None:
         """Discover clients that joined, send the model and let the cohort train, merge the replies."""

@@ -60,9 +60,9 @@ class Instruction:
                 "task": self.task,
                 "layout": self.layout,
                 "proximal-mu": self.proximal_mu,
-                "head-epochs": self.head_epochs,
                 "evaluate": self.evaluate,
                 "signals": self.signals.to_json(),
+                **({"head-epochs": self.head_epochs} if self.head_epochs else {}),
                 **self.exchange.to_fields(),
             }
         )
@@ -81,9 +81,9 @@ class Instruction:
         evaluate, mu = text_field(record, "evaluate"), float(number_field(record, "proximal-mu"))
         if evaluate not in EVALUATIONS or mu < 0:
             raise MessageError(f"The instruction has evaluate={evaluate!r} and proximal-mu={mu}; it is not followed.")
-        head_epochs = number_field(record, "head-epochs")
-        if not isinstance(head_epochs, int) or not 0 <= head_epochs <= MAX_HEAD_EPOCHS:
-            raise MessageError(f"The instruction has head-epochs={head_epochs}; it is not followed.")
+        head_epochs = record.get("head-epochs", 0)
+        if type(head_epochs) is not int or not 0 <= head_epochs <= MAX_HEAD_EPOCHS:
+            raise MessageError(f"The instruction has head-epochs={head_epochs!r}; it is not followed.")
         return Instruction(
             server_round=int(number_field(record, "server-round")),
             task=text_field(record, "task"),

@@ -29,7 +29,7 @@ _PAIR = re.compile(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""")  # what `flwr run` takes
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _BLANK = re.compile(r"\s*([A-Z]+\s*:)?\s*")  # nothing, or a level without a message
 _ERROR = re.compile(r"(ERROR|CRITICAL)\s*:|[A-Za-z_][\w.]*(Error|Exception)\b")
-_TOLD = re.compile(r"(ERROR\s*:\s*The run stops|[A-Za-z_][\w.]*(Error|Exception)): ")
+_TOLD = re.compile(r"(ERROR\s*:\s*The run stops|task\.errors\.\w+): ")
 _NOTHING = re.compile(r"Exit Code:|Traceback \(most recent|Simulation raised an exception")
 
 

@@ -54,7 +54,8 @@ def instructions(draw):
     exchange, request = draw(st.sampled_from(EXCHANGES)), draw(st.sampled_from(REQUESTS))
     fields = dict(Instruction(2, "{}", LAYOUT.digest, signals=request, exchange=exchange).to_record())
     for _ in range(draw(st.integers(0, 4))):
-        key = draw(st.sampled_from([*fields, "start", "keep", "units-up", "wire-dtype"]) | st.text(max_size=9))
+        known = [*fields, "head-epochs", "start", "keep", "units-up", "wire-dtype"]
+        key = draw(st.sampled_from(known) | st.text(max_size=9))
         if draw(st.booleans()):
             fields.pop(key, None)
         elif key == "signals" and draw(st.booleans()):

@@ -361,11 +361,10 @@ def test_every_client_s_partition_is_named_once_whenever_it_came(monkeypatch):
     assert [set(report.clients_partition) for report in reports] == [{"0", "1", "2", "3"}, set(), set()]
 
 
-def test_a_run_that_goes_on_names_the_partitions_again():
-    script, reports = Script(share=lambda name: f"partition {name} of 3"), []
-    first = make_strategy("fedavg")
+def test_a_run_that_goes_on_names_those_who_came_meanwhile():
+    script, reports = Script(share=lambda name: f"partition {name} of 4"), []
+    first, again = make_strategy("fedavg"), make_strategy("fedavg")
     start(script, rounds=1, strategy=first)
-    again = make_strategy("fedavg")
-    grid = ShufflingGrid(scripted_app(script), NAMES)
+    grid = ShufflingGrid(scripted_app(script), [*NAMES, "3"])
     again.start(grid, initial_arrays(), num_rounds=3, on_round=reports.append, state=first.state_dict())
-    assert [set(report.clients_partition) for report in reports] == [set(NAMES), set()]
+    assert [set(report.clients_partition) for report in reports] == [{"3"}, set()]
