@@ -189,7 +189,7 @@ def _exchanger(node: Node, worker: Worker, instruction: Instruction) -> Exchange
 def _train_head(worker: Worker, node: Node, instruction: Instruction, purpose: str) -> None:
     """Train the head alone for as many epochs as are asked for; the adapter stands still."""
     if epochs := instruction.head_epochs:
-        adapter = [part for unit, part in worker.model.layout.slices.items() if unit != HEAD]
+        adapter = [unit for unit in worker.model.layout.units if unit != HEAD]
         batches = _batches(worker, node, instruction, f"{purpose}head-", epochs)
         train(worker.model, worker.optimizer, batches, still=adapter)
 
@@ -204,7 +204,7 @@ def _train(
 ) -> TrainOutcome:
     """Train for a round; ``purpose`` leads the names of its draws."""
     batches = _batches(worker, node, instruction, purpose, worker.task.train.local_epochs)
-    still = [worker.model.layout.slices[HEAD]] if instruction.head_epochs else []
+    still = [HEAD] if instruction.head_epochs else []
     return train(
         worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state, still=still
     )

@@ -92,7 +92,7 @@ class FeatureTap:
         self._handle.remove()
 
     def _keep(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        self.features = arguments[0].detach()
+        self.features = arguments[0].detach().float()
 
 
 class UpdateScores:

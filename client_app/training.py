@@ -1,7 +1,7 @@
 """Local training of adapter and head."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ def train(
     proximal_mu: float = 0.0,
     recorder: Recorder | None = None,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
-    still: Sequence[slice] = (),
+    still: Collection[str] = (),
 ) -> TrainOutcome:
     """Train adapter and head in place.
 
@@ -57,8 +57,8 @@ def train(
         Sees every batch.
     optimizer_state : Mapping[str, Tensor], optional
         The optimizer's state of ``model.flat`` to go on from; by default a fresh one.
-    still : Sequence[slice]
-        Parts of the flat array that keep their values.
+    still : Collection[str]
+        Layer units that keep their values; no gradient is computed for them.
 
     Returns
     -------
@@ -77,7 +77,8 @@ def train(
         optimizer.state[flat] = {name: value.to(flat.device) for name, value in optimizer_state.items()}
     assert gradient is not None
     received = flat.detach().clone() if proximal_mu else None
-    kept = [(part, flat.detach()[part].clone()) for part in still]
+    kept = [(part, flat.detach()[part].clone()) for unit, part in model.layout.slices.items() if unit in still]
+    trained = model.parameters(without=still) if still else None
     total, seen, steps = 0.0, 0, 0
     for images, labels in batches:
         gradient.zero_()
@@ -90,7 +91,7 @@ def train(
             raise ModelError(f"The loss is {value} at local step {steps + 1}; lower train.lr.")
         if recorder is not None:
             recorder.after_forward(steps, logits, labels)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss, inputs=trained)
         if received is not None:
             gradient.add_(flat.detach() - received, alpha=proximal_mu)
         optimizer.step()

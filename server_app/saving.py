@@ -20,6 +20,8 @@ from task.libraries import peft
 from task.model import AdaptedModel, canonical_name, with_frozen_factors
 from task.units import HEAD, make_layout
 
+KEPT_BY_CLIENTS = "none; pfedla and heur_pfedla alone leave any here, with other strategies clients keep their own"
+
 CARD = """---
 library_name: peft
 tags: [lora, vision-transformer, federated-learning, flower]
@@ -159,7 +161,7 @@ def _load_personal(model: peft.PeftModel, settings: RunSettings, file: Path, cli
     saved = load_file(file) if file.is_file() else {}
     models = {name.removeprefix("client."): flat for name, flat in saved.items()}
     if client not in models:
-        known = ", ".join(sorted(models, key=identity_order)) or "none; the run's strategy has one model for all"
+        known = ", ".join(sorted(models, key=identity_order)) or KEPT_BY_CLIENTS
         raise ConfigError(f"There is no personal model of client {client!r}; there are: {known}.")
     own = re.compile(r"\.lora_B\.|modules_to_save" if settings.lora.freeze_a else r"\.lora_[AB]\.|modules_to_save")
     shapes = {canonical_name(name): p.shape for name, p in model.named_parameters() if own.search(name)}

@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from logging import INFO
 from typing import TYPE_CHECKING, Literal
 
@@ -62,8 +64,7 @@ class RoundLoop:
                 else:
                     self._train(server_round, result)
                     self._calibrate(server_round, result)
-                    self._evaluate(server_round, result)
-                self._evaluate_centrally(server_round, result)
+                self._evaluate(server_round, result)
             began = time.perf_counter()
             self.strategy.directory.named |= self.strategy.report.clients_partition
             if self.on_round:
@@ -138,24 +139,27 @@ class RoundLoop:
             self.strategy.report.details["calibrated"] = True
 
     def _evaluate(self, server_round: int, result: Result) -> None:
-        """Let clients evaluate, in rounds where they do so in a phase of its own."""
-        messages = self.strategy.configure_evaluate(server_round, result.arrays, self.evaluate_config, self.grid)
-        if not messages:
+        """Let clients evaluate, in rounds where they do so in a phase of its own, and the server meanwhile."""
+        strategy, config = self.strategy, self.evaluate_config
+        messages = strategy.configure_evaluate(server_round, result.arrays, config, self.grid) if server_round else []
+        central = self._central(server_round, result.arrays)
+        if not messages and central is None:
             return
-        with self._timed("evaluate"):
-            metrics = self.strategy.aggregate_evaluate(server_round, self._exchange(messages))
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[server_round] = metrics
+        with self._timed("evaluate"), ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(central) if central and messages else None
+            found = strategy.aggregate_evaluate(server_round, self._exchange(messages)) if messages else None
+            scored = pending.result() if pending else central() if central else None
+        if found is not None:
+            result.evaluate_metrics_clientapp[server_round] = found
+        if scored is not None:
+            result.evaluate_metrics_serverapp[server_round] = scored
+            strategy.report.central = {k: float(v) for k, v in scored.items() if not isinstance(v, list)}
 
-    def _evaluate_centrally(self, server_round: int, result: Result) -> None:
+    def _central(self, server_round: int, arrays: ArrayRecord) -> Callable[[], MetricRecord | None] | None:
+        """Bind what evaluates the model on the server; None where that is not due."""
         if self.evaluate_fn is None or not self.strategy.evaluates_after(server_round):
-            return
-        with self._timed("evaluate"):
-            metrics = self.evaluate_fn(server_round, self.strategy.evaluation_arrays(result.arrays))
-        if metrics is not None:
-            result.evaluate_metrics_serverapp[server_round] = metrics
-            central = {key: float(value) for key, value in metrics.items() if not isinstance(value, list)}
-            self.strategy.report.central = central
+            return None
+        return partial(self.evaluate_fn, server_round, self.strategy.evaluation_arrays(arrays))
 
     def _exchange(self, messages: list[Message]) -> list[Message]:
         """Send messages and wait for the replies, counting the bytes of both."""

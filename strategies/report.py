@@ -46,8 +46,8 @@ class RoundReport:
     clients_refused: dict[str, str] = field(default_factory=dict)
     """Reason by client that cannot take part at all: another base model, other classes, no usable data."""
     clients_partition: dict[str, str] = field(default_factory=dict)
-    """By client that has come since the round before, the part of a data set that it holds, such as ``partition 3 of
-    10``; a client whose images are its own is not named."""
+    """By client, the part of a data set that it holds, such as ``partition 3 of 10``, where no report before has named
+    it; a client whose images are its own is not named."""
     bytes_down: int = 0
     """Bytes of message contents sent to clients, the question who they are included."""
     bytes_up: int = 0

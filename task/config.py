@@ -162,6 +162,13 @@ class TrainConfig:
     """Augmentation of training batches: nothing, horizontal flips, or shifts by an eighth of the side and flips."""
     device: str = bounded("auto", choices=("auto", "cpu", "cuda"))
     """Where to train; ``auto`` takes a GPU if the process sees one."""
+    precision: str = bounded("float32", choices=("float32", "bfloat16"))
+    """Numbers of the forward and backward pass; with ``bfloat16`` torch's autocast chooses by operator. Adapter, head,
+    optimizer and what travels stay float32."""
+    compile: bool = False
+    """Compile the model by ``torch.compile``: a minute in every process, for long runs on GPUs."""
+    channels_last: bool = False
+    """Hold images and the patch embedding with the channels innermost."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """A backbone with a LoRA adapter, its trainable tensors lying in one flat array."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from task.backbone import base_hash, build_backbone, head_name
-from task.config import LoraConfig, TaskConfig
+from task.config import LoraConfig, TaskConfig, TrainConfig
 from task.errors import ModelError
 from task.libraries import peft
 from task.lora import make_lean
@@ -32,10 +32,13 @@ class AdaptedModel:
         Index of the trainable tensors.
     base : str
         Hash of the frozen weights.
+    computing : TrainConfig, optional
+        Precision, compiled or not, order of the images' dimensions; by default plain float32.
     """
 
-    def __init__(self, module: peft.PeftModel, layout: Layout, base: str) -> None:
+    def __init__(self, module: peft.PeftModel, layout: Layout, base: str, computing: TrainConfig | None = None) -> None:
         self.module = module
+        self._computing = computing or TrainConfig()
         self.layout = layout
         self.base = base
         self._trainable = {canonical_name(name): p for name, p in module.named_parameters() if p.requires_grad}
@@ -43,7 +46,8 @@ class AdaptedModel:
 
     def to(self, device: torch.device) -> None:
         """Move the model; :attr:`flat` and its gradient are made anew on the device."""
-        self.module.to(device)
+        order = torch.channels_last if self._computing.channels_last else torch.preserve_format
+        self.module.to(device=device, memory_format=order)  # type: ignore[call-overload]  # missing in torch's stubs
         flat = torch.empty(self.layout.size, dtype=torch.float32, device=device)
         gradient = torch.zeros_like(flat)
         views, gradient_views = self.layout.views(flat), self.layout.views(gradient)
@@ -80,6 +84,10 @@ class AdaptedModel:
         """Copy adapter and head out as float32 [layout.size]."""
         return self.flat.detach().cpu().numpy().copy()
 
+    def parameters(self, without: Collection[str]) -> list[nn.Parameter]:
+        """List the trained parameters, without those of some units."""
+        return [self._trainable[spec.name] for spec in self.layout.tensors if spec.unit not in without]
+
     def submodule(self, name: str) -> Any:
         """Find a module by timm's path, such as ``blocks.0.attn.qkv`` or the head's."""
         return self.module.base_model.model.get_submodule(name)  # type: ignore[union-attr]
@@ -91,9 +99,12 @@ class AdaptedModel:
         return head
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of normalised images [n, 3, h, w]."""
-        logits: torch.Tensor = self.module(images)
-        return logits
+        """Logits [n, classes], float32, of normalised images [n, 3, h, w]."""
+        if self._computing.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._computing.precision == "bfloat16"):
+            logits: torch.Tensor = self.module(images)
+        return logits.float()
 
 
 def canonical_name(peft_name: str) -> str:
@@ -156,11 +167,22 @@ def build_model(task: TaskConfig, num_classes: int, folder: Path | None = None) 
     backbone = build_backbone(task.backbone, num_classes, folder, task.seed)
     base, head = base_hash(backbone), head_name(backbone)
     module = add_adapter(backbone, task.lora, task.seed).eval()
-    make_lean(module)
+    if task.train.compile:
+        _compile(module)
+    else:
+        make_lean(module)
     if task.lora.freeze_a:
         base = with_frozen_factors(base, module)
     shapes = {canonical_name(name): p.shape for name, p in module.named_parameters() if p.requires_grad}
-    return AdaptedModel(module, make_layout(shapes, task.lora.units, head), base)  # type: ignore[arg-type]
+    return AdaptedModel(module, make_layout(shapes, task.lora.units, head), base, task.train)  # type: ignore[arg-type]
+
+
+def _compile(module: nn.Module) -> None:
+    """Compile a model in place, at its first call; hooks that come later, which measure signals, are followed."""
+    import torch._dynamo  # takes 2 s to import
+
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+    module.compile()
 
 
 def with_frozen_factors(base: str, module: peft.PeftModel) -> str:

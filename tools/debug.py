@@ -98,14 +98,14 @@ def simulated_nodes(num_clients: int) -> list[dict[str, int]]:
     return [{"partition-id": i, "num-partitions": num_clients} for i in range(num_clients)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Compose the overrides and run them in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, such as strategy=fedprox train.lr=3e-4")
     parser.add_argument("--clients", type=int, default=10, help="number of simulated clients")
     parser.add_argument("--run-config", type=Path, metavar="FILE", help="a TOML file with Flower's run config")
     parser.add_argument("--resume", default="", metavar="RUN", help="folder of a run to go on with")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     from client_app.app import app
     from server_app.app import run_federation

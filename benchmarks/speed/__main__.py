@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.speed import deployed, growth, machine, server, signals, simulation, startup, step
+from benchmarks.speed import computing, deployed, growth, machine, server, signals, simulation, startup, step
 from benchmarks.speed.results import Found, write
 from task.errors import PetalwiseError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES: dict[str, Callable[[int], Found]] = {
     "step": step.measure,
+    "computing": computing.measure,
     "signals": signals.measure,
     "server": server.measure,
     "simulation": simulation.measure,

@@ -35,7 +35,7 @@ PARTS = {
     "polls": "Flower: until the client's process has been started",
     "flower": "Flower: Python, its imports, the message fetched from the SuperNode",
     "torch": "torch imported",
-    "timm": "timm imported",
+    "timm": "timm and peft imported",
     "app": "the app and what else it needs imported (datasets)",
     "data": "images read and decoded",
     "model": "model built and its weights hashed",

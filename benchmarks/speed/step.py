@@ -52,14 +52,16 @@ class Client:
     ----------
     task : TaskConfig
         Model and training.
+    device : torch.device or str, default "cpu"
+        Where images and batches lie.
     """
 
-    def __init__(self, task: TaskConfig) -> None:
+    def __init__(self, task: TaskConfig, device: torch.device | str = "cpu") -> None:
         self.task, side = task, task.backbone.image_size
-        self.normaliser = Normaliser.of(task.backbone.mean, task.backbone.std)
+        self.normaliser = Normaliser.of(task.backbone.mean, task.backbone.std, device)
         generator, count = torch.Generator().manual_seed(0), task.train.max_steps * task.train.batch_size
         images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
-        self.data = ImageSet(images, torch.randint(0, NUM_CLASSES, (count,), generator=generator))
+        self.data = ImageSet(images, torch.randint(0, NUM_CLASSES, (count,), generator=generator)).to(device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of a round, the same every time."""

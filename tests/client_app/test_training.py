@@ -89,7 +89,7 @@ def test_the_proximal_term_is_its_gradient(model):
 def test_what_stands_still_keeps_its_bits_and_the_rest_trains_as_without_decay_of_it(model):
     head, config = model.layout.slices["head"], TrainConfig(lr=0.01, weight_decay=0.5)
     before = model.read()
-    train(model, make_optimizer(model, config), batches(3), still=[head])
+    train(model, make_optimizer(model, config), batches(3), still=["head"])
     after = model.read()
     np.testing.assert_array_equal(after[head], before[head])
     plain = build_model(TASK, num_classes=3)
@@ -102,6 +102,19 @@ def test_what_stands_still_keeps_its_bits_and_the_rest_trains_as_without_decay_o
         torch.nn.functional.cross_entropy(plain(images), labels).backward()
         optimizer.step()
     np.testing.assert_allclose(after, plain.read(), rtol=1e-4, atol=1e-6)
+
+
+def test_while_the_adapter_stands_still_the_head_trains_as_ever_and_no_gradient_is_computed_for_the_rest(model):
+    head, config = model.layout.slices["head"], TrainConfig(lr=0.01)
+    before, adapter = model.read(), [unit for unit in model.layout.units if unit != "head"]
+    train(model, make_optimizer(model, config), batches(1), still=adapter)
+    after, gradient = model.read(), model.flat.grad.clone()
+    model.load(before)
+    train(model, make_optimizer(model, config), batches(1))
+    np.testing.assert_array_equal(after[head], model.read()[head])
+    np.testing.assert_array_equal(after[: head.start], before[: head.start])
+    assert not gradient[: head.start].any()
+    assert gradient[head].any()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(model):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from server_app.saving import open_adapter
 from tests.docs.blocks import read_blocks, read_commands
-from tests.docs.conftest import DATA
+from tests.docs.conftest import DATA, SMALL
 from tools.debug import InProcessGrid, simulated_nodes
 
 UNTITLED = [block for block in read_blocks() if block.language == "python" and not block.title]
@@ -33,7 +33,7 @@ def execute():
 
 
 def test_all_pages_with_python_are_executed_here():
-    assert set(PAGES) == {"README.md", "docs/carry_away.md", "docs/own_backbone.md"}
+    assert set(PAGES) == {"README.md", "docs/carry_away.md", "docs/index.md", "docs/own_backbone.md"}
 
 
 def test_a_strategy_works_in_a_server_app_of_ones_own(execute):
@@ -66,6 +66,14 @@ def test_exported_forms_open_and_agree(execute, finished, start, monkeypatch):
             logits = names[form](names["images"])
             torch.testing.assert_close(logits, torch.from_numpy(names["logits"]), rtol=1e-4, atol=1e-5)
     assert np.abs(names["logits"]).max() > 0.01
+
+
+def test_digits_are_made_that_a_run_classifies(execute, finished, start, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    execute("docs/index.md")
+    start("tools.predict", str(finished(*SMALL)), "new_images")
+    out = capsys.readouterr().out
+    assert [f"{number}.png" in out for number in range(9)] == [True] * 8 + [False]
 
 
 def test_a_backbone_of_ones_own_is_saved_and_trained_on(execute, start, monkeypatch, tmp_path):

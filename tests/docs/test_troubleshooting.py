@@ -42,11 +42,21 @@ def template(node):
     return ""
 
 
-def is_said(message, of_flower=False):
-    """Whether some text of the code has all pieces of a message, one after another, a value behind each."""
+def says(text, message):
+    """Whether a text of the code has all pieces of a message, one after another, a value behind each."""
     pieces = [re.escape(piece.strip()) for piece in message.split("...") if piece.strip(" .")]
     between = rf"[\s'\"(=]*{HOLE}.*?"
-    return any(re.search(f"(?s){between.join(pieces)}", text) for text in texts(of_flower))
+    return re.search(f"(?s){between.join(pieces)}", text) is not None
+
+
+def is_said(message, of_flower=False):
+    return any(says(text, message) for text in texts(of_flower))
+
+
+def refusals(path):
+    """All texts with which a module raises."""
+    raised = [node.exc for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Raise)]
+    return [template(error.args[0]) for error in raised if isinstance(error, ast.Call) and error.args]
 
 
 @pytest.mark.parametrize("message", messages(OWN))
@@ -58,6 +68,11 @@ def test_the_app_still_says_so(message):
 @pytest.mark.parametrize("message", messages(OF_FLOWER))
 def test_flower_still_says_so(message):
     assert is_said(message, of_flower=True)
+
+
+@pytest.mark.parametrize("text", refusals(REPOSITORY / "tools" / "check.py"))
+def test_what_a_run_is_refused_for_before_it_starts_is_on_the_page(text):
+    assert any(says(text, message) for message in messages(OWN))
 
 
 def test_a_message_that_nobody_says_is_found():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -15,10 +16,11 @@ from client_app.kept import STATE_VARIABLE
 from server_app import checkpoints
 from server_app.app import run_federation
 from server_app.compose import compose_run
-from server_app.resuming import check_past, config_digest
+from server_app.resuming import MAY_CHANGE, check_past, config_digest
 from server_app.saving import open_adapter
 from strategies.report import RoundReport
 from task.errors import ConfigError, StateError
+from tests.conftest import REPOSITORY
 from tests.server_app.test_app import DIGITS
 from tools.debug import InProcessGrid, simulated_nodes
 
@@ -216,6 +218,12 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path, cut, over
     with pytest.raises(ConfigError, match=reason):
         check_past(str(cut), compose_run({}, [*TINY, *overrides]))
     assert len(told(cut)) == 3
+
+
+def test_the_docs_name_every_key_that_may_change():
+    text = (REPOSITORY / "docs" / "faults.md").read_text("utf-8")
+    said = text.partition("one of those that may change:")[2].partition("A run")[0]
+    assert sorted(re.findall(r"`([\w.]+)`", said)) == sorted(MAY_CHANGE)
 
 
 def test_a_run_that_is_only_checked_stays_as_it_was(cut):

@@ -113,7 +113,7 @@ def test_open_adapter_refuses_another_backbone(saved, run):
 
 def test_a_clients_own_model_opens_by_its_name(saved, run, model, images):
     (saved.parent / "config.yaml").write_text(run.yaml)
-    with pytest.raises(ConfigError, match="no personal model of client '7'; there are: none; the run's strategy"):
+    with pytest.raises(ConfigError, match="no personal model of client '7'; there are: none; pfedla and heur_pfedla"):
         open_adapter(saved.parent, client="7")
     shared = torch.from_numpy(model.read())
     save_personal(saved, {"7": shared + 0.1, "10": shared, "__metadata__": shared.clone()})

@@ -1,5 +1,6 @@
 """The rounds: what comes after what, what is timed and counted, when a run waits and when it stops."""
 
+import threading
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ from flwr.app import MetricRecord, RecordDict
 
 from strategies import Calibration, CalibrationConfig, FedAvg, FedAvgConfig, TaskContext, loop
 from task.arrays import FLAT, array_to_flat
-from task.errors import TooFewClientsError
+from task.errors import ConfigError, TooFewClientsError
 from task.messages import ARRAYS, CONFIG, METRICS
 from task.signals import SignalRequest, signal_layout
 from tests.strategies.scripted import (
@@ -61,7 +62,7 @@ class TellingGrid(ShufflingGrid):
         return super().send_and_receive(messages, timeout=timeout)
 
 
-def test_a_round_trains_calibrates_evaluates_on_clients_then_on_the_server_and_reports():
+def test_a_round_trains_calibrates_evaluates_and_reports():
     grid = TellingGrid(scripted_app(Script()), NAMES)
 
     def evaluate(server_round, arrays):
@@ -75,11 +76,45 @@ def test_a_round_trains_calibrates_evaluates_on_clients_then_on_the_server_and_r
         evaluate_fn=evaluate,
         on_round=lambda report: grid.told.append(f"report {report.server_round}"),
     )
-    assert grid.told == [
+    assert [word for word in grid.told if word != "evaluate"] == [
         *["query.identify", "central 0", "report 0"],
-        *["train", "evaluate", "central 1", "report 1"],
-        *["train", "query.measure", "evaluate", "central 2", "report 2"],
+        *["train", "central 1", "report 1"],
+        *["train", "query.measure", "central 2", "report 2"],
     ]
+    before = [grid.told[:place] for place, word in enumerate(grid.told) if word == "evaluate"]
+    assert [(told.count("train"), told.count("query.measure"), "report 2" in told) for told in before] == [
+        (1, 0, False),
+        (2, 1, False),
+    ]
+
+
+def test_the_server_evaluates_while_the_clients_do_and_both_count():
+    both = threading.Barrier(2, timeout=30)
+
+    class MeetingGrid(TellingGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            messages = list(messages)
+            if messages[0].metadata.message_type == "evaluate":
+                both.wait()
+            return super().send_and_receive(messages, timeout=timeout)
+
+    def evaluate(server_round, arrays):
+        if server_round:
+            both.wait()
+        return MetricRecord({"accuracy": 0.5, "loss": 1.0})
+
+    _, reports = start(rounds=2, grid=MeetingGrid(scripted_app(Script()), NAMES), evaluate_fn=evaluate)
+    assert [(report.central["accuracy"], len(report.clients_accuracy)) for report in reports[1:]] == [(0.5, 3)] * 2
+
+
+def test_an_evaluation_on_the_server_that_fails_ends_the_run():
+    def evaluate(server_round, arrays):
+        if server_round:
+            raise ConfigError("No image could be read.")
+        return None
+
+    with pytest.raises(ConfigError, match="No image"):
+        start(evaluate_fn=evaluate)
 
 
 def test_the_time_limit_of_a_phase_is_that_of_the_run_and_of_a_question_no_more_than_some_minutes():
