@@ -6,12 +6,12 @@ Run: ``python -m benchmarks.signals`` (any Hydra overrides; ``--images``, ``--pa
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.speed.ratios import seconds_of
 from client_app.measuring import Recorder, last_epoch_start
 from client_app.training import make_optimizer, train
 from server_app.compose import compose_run
@@ -53,7 +53,7 @@ class Client:
         self.data = ImageSet(images, labels).to(device)
 
     def seconds(self, request: SignalRequest) -> float:
-        """Train one round and, if asked, pack the signals; returns the wall-clock seconds of it."""
+        """Train one round and, if asked, pack the signals; returns the seconds of it, on a CPU of processor time."""
         self.model.load(self.received)
         options, generator = self.task.train, torch.Generator().manual_seed(1)
         batches = train_batches(
@@ -65,12 +65,14 @@ class Client:
             self.normaliser,
             generator,
         )
-        began = time.perf_counter()
-        with Recorder(request, self.model, self.optimizer, last_epoch_start(len(self.data), options)) as recorder:
-            train(self.model, self.optimizer, batches, recorder=recorder)
-        if request.anything:
-            recorder.signals(self.data, self.normaliser, generator)
-        return time.perf_counter() - began
+
+        def measured_round() -> None:
+            with Recorder(request, self.model, self.optimizer, last_epoch_start(len(self.data), options)) as recorder:
+                train(self.model, self.optimizer, batches, recorder=recorder)
+            if request.anything:
+                recorder.signals(self.data, self.normaliser, generator)
+
+        return seconds_of(measured_round, self.model.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -36,7 +36,7 @@ from task.messages import (
     received_config,
     text_field,
 )
-from task.seeding import derive_seed, generator_for
+from task.seeding import derive_seed, generator_for, seed_device
 from task.units import HEAD
 
 app = ClientApp()
@@ -130,7 +130,6 @@ def train_round(message: Message, context: Context) -> Message:
     if instruction.signals.anything:
         generator = generator_for(task.seed, "signals", instruction.server_round, node.name)
         arrays[SIGNALS] = _record(recorder.signals(data.train, worker.normaliser, generator))
-        metrics["refused-scores"] = recorder.refused_scores
     metrics |= {"num-examples": len(data.train), "train-loss": outcome.loss, "steps": outcome.steps}
     metrics["seconds"] = time.perf_counter() - began
     return _reply(message, node, worker, metrics, arrays)
@@ -213,8 +212,7 @@ def _train(
 def _batches(worker: Worker, node: Node, instruction: Instruction, purpose: str, epochs: int) -> Batches:
     """Draw the batches of a round's training, and seed its dropout."""
     task = worker.task
-    of_device = torch.cuda if worker.device.type == "cuda" else torch.default_generator  # far quicker than torch itself
-    of_device.manual_seed(derive_seed(task.seed, f"{purpose}dropout", instruction.server_round, node.name))
+    seed_device(worker.device, derive_seed(task.seed, f"{purpose}dropout", instruction.server_round, node.name))
     return train_batches(
         worker.client_data(node).train,
         batch_size=task.train.batch_size,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from client_app.signals import ClassMoments, FeatureTap, UpdateScores, label_entropy, update_norms
+from client_app.signals import ClassMoments, FeatureTap, UpdateScores, label_entropy, membership, update_norms
 from task.config import TrainConfig
 from task.data.batches import Normaliser, eval_batches
 from task.data.images import ImageSet
@@ -24,7 +24,8 @@ BATCH_SIZE = 256
 class GramTaps:
     """Accumulates X^T X of the inputs X of every adapted layer and of the head, by forward hooks.
 
-    Of the head, X has a last column of ones for the bias. Where A is frozen, X is A's output.
+    Of the head, X has a last column of ones for the bias. Where A is frozen, X is A's output. ``grams`` holds X^T X
+    by layer, float32 [in, in].
 
     References
     ----------
@@ -104,16 +105,11 @@ class Recorder:
             self._grams.active = step >= self._since
 
     def after_forward(self, step: int, logits: Tensor, labels: Tensor) -> None:
-        """Take in the features of a training batch of the last local epoch."""
+        """Take in the features of a training batch of the last local epoch; logits [b, classes], labels [b]."""
         if self._moments is not None and self._tap is not None and step >= self._since:
             correct = logits.detach().argmax(1) == labels
             chosen = correct if self._request.samples == "correct" else torch.ones_like(correct)
             self._moments.add(self._tap.features, labels, chosen)
-
-    @property
-    def refused_scores(self) -> int:
-        """How many dot products of the update scores were not finite."""
-        return 0 if self._scores is None else int(self._scores.refused.sum())
 
     def signals(self, data: ImageSet, normaliser: Normaliser, generator: torch.Generator) -> np.ndarray:
         """Return everything asked for, measuring what is taken after training.
@@ -150,7 +146,11 @@ class Recorder:
         scores: Iterator[Tensor] = iter([] if self._scores is None else self._scores.scores)
         zero = torch.zeros((), dtype=torch.float64, device=self._model.device)
         pairs = [(next(scores) if a is not None else zero, next(scores)) for a, _ in self._pairs]
-        return {"score-a": torch.stack([a for a, _ in pairs]), "score-b": torch.stack([b for _, b in pairs])}
+        return {
+            "score-a": torch.stack([a for a, _ in pairs]),
+            "score-b": torch.stack([b for _, b in pairs]),
+            "refused-scores": zero[None] if self._scores is None else self._scores.refused,
+        }
 
     def _classes(self, data: ImageSet, normaliser: Normaliser) -> dict[str, Tensor]:
         if self._moments is None:
@@ -238,7 +238,7 @@ def class_statistics(features: Tensor, labels: Tensor, num_classes: int, full: b
         ``full`` ``class-covariance`` [C, d, d]; float64, 0 where a class has too few samples.
     """
     z = features.double()
-    member = F.one_hot(labels, num_classes).double()
+    member = membership(labels, num_classes)
     count = member.sum(0)
     mean = member.T @ z / count.clamp_min(1.0)[:, None]
     centred = z - mean[labels]
@@ -251,7 +251,7 @@ def class_statistics(features: Tensor, labels: Tensor, num_classes: int, full: b
         "class-variance": variances.mean(1),
     }
     if full:
-        groups = [centred[labels == c] for c in range(num_classes)]
+        groups = centred[labels.argsort(stable=True)].split(labels.bincount(minlength=num_classes).tolist())
         found["class-covariance"] = torch.stack([g.T @ g / n for g, n in zip(groups, freedom, strict=True)])
     return found
 

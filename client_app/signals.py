@@ -57,7 +57,7 @@ class ClassMoments:
             Which samples count.
         """
         z = features.detach().double()
-        member = nn.functional.one_hot(labels, self.num_classes).double() * chosen.double()[:, None]
+        member = membership(labels, self.num_classes) * chosen.double()[:, None]
         count = member.sum(0)
         mean = member.T @ z / count.clamp_min(1.0)[:, None]
         squares = member.T @ (z - mean[labels]).square()
@@ -77,8 +77,19 @@ class ClassMoments:
         return self.variances().mean(1)
 
 
+def membership(labels: Tensor, num_classes: int) -> Tensor:
+    """Ones where a sample is of a class, float64 [n, classes]; without one_hot's checks, which wait for the device."""
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).double()
+
+
 class FeatureTap:
-    """Keeps the input of the head at each forward pass, by a forward hook; a context manager."""
+    """Keeps the input of the head at each forward pass, by a forward hook; a context manager.
+
+    Attributes
+    ----------
+    features : Tensor, float32, [batch, dimension]
+        That of the last forward pass.
+    """
 
     def __init__(self, model: AdaptedModel) -> None:
         self._head = model.head
@@ -109,14 +120,23 @@ class UpdateScores:
         Is hooked while the object is used as a context manager.
     specs : Sequence[TensorSpec]
         The tensors to score.
+
+    Attributes
+    ----------
+    scores : Tensor, float64, [specs]
+        The sums s.
+    refused : Tensor, float64, [1]
+        How many dot products were not finite.
     """
 
     def __init__(self, model: AdaptedModel, optimizer: torch.optim.Optimizer, specs: Sequence[TensorSpec]) -> None:
         self._flat, self._optimizer = model.flat, optimizer
-        self._slices = [slice(spec.offset, spec.offset + spec.size) for spec in specs]
         self._move = torch.empty_like(model.flat, requires_grad=False)
+        gradient, parts = model.flat.grad, [slice(spec.offset, spec.offset + spec.size) for spec in specs]
+        assert gradient is not None
+        self._pairs = [(gradient[part], self._move[part]) for part in parts]  # views: both arrays stay where they are
         self.scores = torch.zeros(len(specs), dtype=torch.float64, device=model.device)
-        self.refused = torch.zeros(len(specs), dtype=torch.float64, device=model.device)
+        self.refused = torch.zeros(1, dtype=torch.float64, device=model.device)
 
     def __enter__(self) -> "UpdateScores":
         self._handles = [
@@ -133,13 +153,11 @@ class UpdateScores:
         self._move.copy_(self._flat.detach())
 
     def _note_after(self, *_: Any) -> None:
-        gradient = self._flat.grad
-        assert gradient is not None
         self._move.sub_(self._flat.detach())
-        dots = torch.stack([torch.dot(gradient[part], self._move[part]) for part in self._slices]).double().abs_()
+        dots = torch.stack([torch.dot(gradient, move) for gradient, move in self._pairs]).double().abs_()
         finite = torch.isfinite(dots)
         self.scores += torch.where(finite, dots, 0.0)
-        self.refused += ~finite
+        self.refused += (~finite).sum()
 
 
 def product_change_norm(a0: Tensor, b0: Tensor, a1: Tensor, b1: Tensor) -> Tensor:

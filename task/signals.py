@@ -24,7 +24,7 @@ class SignalRequest:
     class_moments: str = bounded("none", choices=("none", "diagonal", "full"))
     """Per class: count, mean and variance (``diagonal``) or covariance (``full``) of the head's input."""
     update_scores: bool = False
-    """Per adapted layer: sum over steps of |<gradient, move>|, of A and of B."""
+    """Per adapted layer: sum over steps of |<gradient, move>|, of A and of B; and how many of these were not finite."""
     update_norms: bool = False
     """Per adapted layer: Frobenius norms of the round's change of A, of B and of the product B A; and the entropy of
     the client's labels, nats."""
@@ -115,7 +115,8 @@ def signal_layout(request: SignalRequest, model: Layout) -> Layout:
     -------
     Layout
         ``class-count`` [C], ``class-variance`` [C], ``class-mean`` [C, d], ``class-variances`` [C, d],
-        ``class-covariance`` [C, d, d], ``score-a``, ``score-b``, ``norm-a``, ``norm-b``, ``norm-product`` [L],
+        ``class-covariance`` [C, d, d], ``score-a``, ``score-b`` [L], ``refused-scores`` [1], ``norm-a``, ``norm-b``,
+        ``norm-product`` [L],
         ``label-entropy`` [1], ``gram:<layer>`` [in (in + 1) / 2], ``fisher`` [n], as far as asked for.
 
     Raises
@@ -137,7 +138,7 @@ def signal_layout(request: SignalRequest, model: Layout) -> Layout:
             shapes["class-covariance"] = (classes, dimension, dimension)
     layers = lora_layers(model)
     if request.update_scores:
-        shapes |= {"score-a": (len(layers),), "score-b": (len(layers),)}
+        shapes |= {"score-a": (len(layers),), "score-b": (len(layers),), "refused-scores": (1,)}
     if request.update_norms:
         shapes |= {f"norm-{what}": (len(layers),) for what in ("a", "b", "product")} | {"label-entropy": (1,)}
     if request.gram:

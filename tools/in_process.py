@@ -9,7 +9,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,18 +74,33 @@ def _run_forked(
     app: Path, arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout: float | None
 ) -> int | None:
     """Run :func:`tools.debug.main` in a process of its own; return its exit code, or None if it took too long."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by libraries when they are imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     log.touch()
-    process = context.Process(target=_debug, args=(app, list(arguments), dict(environment), log))
-    process.start()
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = context.Process(target=_debug, args=(app, list(arguments), variables, log))
+    with _one_thread():
+        process.start()
     try:
         process.join(timeout)
         return process.exitcode
     finally:
         process.kill()
         process.join()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have libraries that read it when they are imported, as in the process that is started now, use one thread."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _debug(app: Path, arguments: list[str], environment: dict[str, str], log: Path) -> None:

@@ -1,13 +1,13 @@
 """What mixed precision, compilation and channels-last gain in a training step on this machine's device."""
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.speed.ratios import Ratio, in_turn
+from benchmarks.speed.ratios import Ratio, in_turn, seconds_of
 from benchmarks.speed.results import Found
 from benchmarks.speed.settings import SETTINGS
 from benchmarks.speed.step import NUM_CLASSES, PAIRS, Client, step_task
@@ -41,14 +41,5 @@ def round_of(task: TaskConfig, device: torch.device) -> Callable[[], float]:
     """Make a client's round of steps, which returns its seconds: on a CPU of processor time."""
     client, model = Client(task, device), build_model(task, NUM_CLASSES)
     model.to(device)
-    optimizer, on_cpu = make_optimizer(model, task.train), device.type == "cpu"
-    clock = time.process_time if on_cpu else time.perf_counter
-
-    def action() -> float:
-        began = clock()
-        train(model, optimizer, client.batches())
-        if not on_cpu:
-            torch.cuda.synchronize()
-        return clock() - began
-
-    return action
+    optimizer = make_optimizer(model, task.train)
+    return partial(seconds_of, lambda: train(model, optimizer, client.batches()), device)

@@ -1,8 +1,11 @@
 """Paired measurements: two actions in turn, one ratio a pair."""
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,16 @@ def in_turn(actions: Sequence[Callable[[], float]], pairs: int) -> list[list[flo
         for number in order:
             found[number].append(actions[number]())
     return found
+
+
+def seconds_of(action: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """Measure an action of one thread: on a CPU its processor time, to which other load adds little."""
+    on_gpu = torch.device(device).type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    began = clock()
+    action()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return clock() - began

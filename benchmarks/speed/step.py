@@ -1,8 +1,8 @@
 """A client's training step against a hand-written LoRA step, and what it consists of."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.speed.agreement import check_same
-from benchmarks.speed.ratios import Ratio, in_turn
+from benchmarks.speed.ratios import Ratio, in_turn, seconds_of
 from benchmarks.speed.results import Found, Table
 from benchmarks.speed.settings import SETTINGS, Setting
 from client_app.training import make_optimizer, train
@@ -140,21 +140,10 @@ def step_seconds(client: Client, pairs: int) -> dict[str, list[float]]:
         If the adapters differ.
     """
     arms = {"hand": plain_arm(client, True), "peft": plain_arm(client, False), "app": app_arm(client)}
-    taken = in_turn([timed(run) for run, _ in arms.values()], pairs)
+    taken = in_turn([partial(seconds_of, run) for run, _ in arms.values()], pairs)
     for _, read in arms.values():
         check_same(read(), arms["hand"][1]())
     return dict(zip(arms, taken, strict=True))
-
-
-def timed(run: Callable[[], object]) -> Callable[[], float]:
-    """Wrap an action of one thread so that it returns its processor time, to which other load adds little."""
-
-    def action() -> float:
-        began = time.process_time()
-        run()
-        return time.process_time() - began
-
-    return action
 
 
 def profile_table(setting: Setting, client: Client) -> Table:

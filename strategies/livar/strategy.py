@@ -191,8 +191,7 @@ class Livar(LayerwiseStrategy):
         number = self.report.server_round
         if bad := [u.client for u, row in zip(updates, finite, strict=True) if not bool(row.all())]:
             log(WARNING, "Round %d: client %s: update scores that are not finite do not count.", number, ", ".join(bad))
-        refused = {u.client: count for u in updates if (count := int(_number(u, "refused-scores"))) > 0}
-        if refused:
+        if refused := {update.client: count for update in updates if (count := _refused_scores(update))}:
             self.report.details["refused_scores"] = refused
             log(WARNING, "Round %d: gradients or moves that are not finite counted as 0: %s.", number, refused)
         if (
@@ -200,13 +199,13 @@ class Livar(LayerwiseStrategy):
             and bool(finite.any())
             and all(bool((s[finite] == s[finite][:1]).all()) for s in (score_a, score_b))
         ):
-            log(INFO, "Round %d: all update scores are equal; the adapter is merged uniformly.", number)
+            log(INFO, "Round %d: all update scores that count are equal; their clients have equal say.", number)
 
 
-def _number(update: Update, key: str) -> float:
-    """Read a metric that a client may leave out."""
-    value = update.metrics.get(key, 0)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+def _refused_scores(update: Update) -> int:
+    """Read how many of a client's dot products were not finite; 0 where what it says is no such number."""
+    count = update.signals["refused-scores"].item()
+    return int(count) if math.isfinite(count) and count > 0 else 0
 
 
 def stacked_products(vectors: Sequence[Tensor], weights: Sequence[float], layout: Layout) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from flwr.app import MessageType
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from client_app import measuring
 from client_app.app import app
@@ -28,13 +30,14 @@ from client_app.signals import label_entropy, update_norms
 from client_app.training import make_optimizer, train
 from client_app.worker import Node, worker_for
 from server_app.compose import compose_run
+from strategies.livar import Livar
 from task.backbone import build_backbone
 from task.config import TrainConfig
 from task.data.batches import Normaliser, train_batches
 from task.data.images import ImageSet
 from task.messages import ARRAYS, MEASURE, METRICS, SIGNALS, received_flat
 from task.model import build_model, canonical_name
-from task.signals import SignalRequest, signal_layout
+from task.signals import NOTHING, SignalRequest, signal_layout
 from task.units import lora_layers
 from tests.client_app.test_app import TINY, ask, content, task_json
 from tests.client_app.test_signals import filled, reference_scores
@@ -125,7 +128,7 @@ def test_what_is_asked_for_alone_is_what_it_is_among_everything(tiny_model, key,
     assert values.shape == (signal_layout(request, tiny_model.layout).size,)
     for name, part in by_name(values, request, tiny_model).items():
         np.testing.assert_array_equal(part, everything[name])
-        assert part.any(), name
+        assert part.any() != (name == "refused-scores"), name
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -199,14 +202,45 @@ def test_norms_are_of_the_whole_round_and_the_entropy_of_all_labels(tiny_model):
 def test_dot_products_that_are_not_finite_are_counted(tiny_model):
     optimizer = make_optimizer(tiny_model, replace(CONFIG, optimizer="sgd"))
     layers = lora_layers(tiny_model.layout)
-    with Recorder(SignalRequest(update_scores=True), tiny_model, optimizer, 0) as recorder:
+    request = SignalRequest(update_scores=True)
+
+    def refused(recorder):
+        values = recorder.signals(DATA, NORMALISER, torch.Generator())
+        return by_name(values, request, tiny_model)["refused-scores"].tolist()
+
+    with Recorder(request, tiny_model, optimizer, 0) as recorder:
         optimizer.step()
-        assert recorder.refused_scores == 0
+        assert refused(recorder) == [0]
         for spec in (layers[0].a, layers[3].b):
             tiny_model.flat.grad[spec.offset] = float("inf")
         optimizer.step()
-    assert recorder.refused_scores == 2
-    assert Recorder(SignalRequest(gram=True), tiny_model, optimizer, 0).refused_scores == 0
+    assert refused(recorder) == [2]
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: values read by Python, and copies to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function.name())] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_measuring_adds_no_read_to_those_of_training(tiny_model):
+    """All of LIVAR's signals leave the device in the one copy at the end; on the CPU that copy is none."""
+    filled(tiny_model)
+    optimizer, found = make_optimizer(tiny_model, CONFIG), []
+    for request in (NOTHING, Livar().request()):
+        with Reads() as reads:
+            with Recorder(request, tiny_model, optimizer, last_epoch_start(len(DATA), CONFIG)) as recorder:
+                train(tiny_model, optimizer, batches_of(CONFIG), recorder=recorder)
+            if request.anything:
+                recorder.signals(DATA, NORMALISER, torch.Generator())
+        found.append(reads.counts["aten::_local_scalar_dense"])
+    assert found[0] == found[1] > 0
 
 
 class Inputs:
@@ -499,7 +533,7 @@ def test_a_reply_to_training_carries_the_signals_asked_for(grid, app_model, requ
     counted, examples = found["class-count"].sum(), reply.content[METRICS]["num-examples"]
     assert counted == examples if request_.samples == "all" else 0 < counted < examples
     assert found["score-b"].min() > 0
-    assert reply.content[METRICS]["refused-scores"] == 0
+    assert found["refused-scores"] == [0]
     again = ask(grid, 1, MessageType.TRAIN, content(app_model, signals=request_))
     np.testing.assert_array_equal(received_flat(again, size, SIGNALS), signals)
 
@@ -508,7 +542,6 @@ def test_a_reply_to_training_carries_no_signals_where_none_are_asked_for(grid, a
     plain = ask(grid, 1, MessageType.TRAIN, content(app_model))
     measured_too = ask(grid, 1, MessageType.TRAIN, content(app_model, signals=EVERYTHING))
     assert list(plain.content.array_records) == [ARRAYS]
-    assert "refused-scores" not in plain.content[METRICS]
     assert sorted(measured_too.content.array_records) == [ARRAYS, SIGNALS]
     values = [received_flat(reply, app_model.layout.size) for reply in (plain, measured_too)]
     np.testing.assert_array_equal(*values)

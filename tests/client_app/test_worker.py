@@ -7,8 +7,8 @@ import pytest
 
 from client_app import worker as worker_module
 from client_app.node import Node, partition_of
-from client_app.worker import Worker, worker_for
-from task.config import BackboneConfig, DatasetConfig, PartitionConfig, task_to_json
+from client_app.worker import Worker, worker_for, worker_of
+from task.config import BackboneConfig, DatasetConfig, PartitionConfig, task_from_json, task_to_json
 from task.errors import DataError, ModelError, PetalwiseError
 
 
@@ -106,6 +106,15 @@ def test_a_partition_that_cannot_be_had_is_drawn_once_for_all_clients(task, monk
         with pytest.raises(PetalwiseError, match="min_samples"):
             worker.client_data(node(partition_id=index, num_partitions=3))
     assert len(draws) == 1
+
+
+def test_the_task_is_read_once_for_all_messages_and_anew_where_it_is_another(task, monkeypatch):
+    reads = []
+    monkeypatch.setattr(worker_module, "task_from_json", lambda text: reads.append(1) or task_from_json(text))
+    texts = [task_to_json(replace(task, seed=seed)) for seed in (71, 72)]
+    workers = [worker_of(node(partition_id=i % 2, num_partitions=2), texts[i // 3]) for i in range(6)]
+    assert len(reads) == 2
+    assert [worker.task.seed for worker in workers] == [71] * 3 + [72] * 3
 
 
 def test_a_node_trains_within_its_own_limits(task):

@@ -178,12 +178,13 @@ def test_an_app_of_another_make_needs_no_config_and_may_name_its_records_as_it_l
 
 
 def test_signals_are_views_by_name(codec):
-    update = check_update(reply(content_of(signals=[1, 2, 3, 4])), "a", codec, BASE, SCORES)
-    assert {key: view.tolist() for key, view in update.signals.items()} == {"score-a": [1, 2], "score-b": [3, 4]}
+    update = check_update(reply(content_of(signals=[1, 2, 3, 4, 0])), "a", codec, BASE, SCORES)
+    found = {key: view.tolist() for key, view in update.signals.items()}
+    assert found == {"score-a": [1, 2], "score-b": [3, 4], "refused-scores": [0]}
 
 
 def test_signals_need_not_be_finite_here(codec):
-    assert math.isnan(check_signals(reply(content_of(signals=[math.nan] * 4)), codec, SCORES)["score-a"][0])
+    assert math.isnan(check_signals(reply(content_of(signals=[math.nan] * 5)), codec, SCORES)["score-a"][0])
 
 
 def test_signals_that_nobody_asked_for_are_left_alone(codec):
@@ -192,7 +193,7 @@ def test_signals_that_nobody_asked_for_are_left_alone(codec):
 
 
 @pytest.mark.parametrize(
-    ("signals", "reason"), [(None, "'signals', got: none"), ([1, 2, 3], "shape"), ([1] * 5, "shape")]
+    ("signals", "reason"), [(None, "'signals', got: none"), ([1, 2, 3], "shape"), ([1] * 6, "shape")]
 )
 def test_signals_that_are_missing_or_of_another_size_are_refused(codec, signals, reason):
     with pytest.raises(MessageError, match=reason):

@@ -3,11 +3,12 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from task.seeding import derive_seed, generator_for
+from task.seeding import derive_seed, generator_for, seed_device
 
 purposes = st.lists(st.text(max_size=5) | st.integers(-5, 5), max_size=3).map(tuple)
 
@@ -48,3 +49,20 @@ def test_global_generators_are_neither_read_nor_moved():
     random.seed(1)
     assert after == (torch.rand(1).item(), np.random.rand(), random.random())
     assert torch.equal(first, torch.rand(3, generator=generator_for(5, "cohort", 1)))
+
+
+def test_a_device_is_seeded_as_torch_seeds_it():
+    seed_device(torch.device("cpu"), 5)
+    found = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(torch.rand(3), found)
+
+
+@pytest.mark.gpu
+def test_every_gpu_is_seeded_not_the_current_one_alone():
+    last = torch.device("cuda", torch.cuda.device_count() - 1)
+    draws = []
+    for _ in range(2):
+        seed_device(last, 5)
+        draws.append(torch.rand(3, device=last))
+    assert torch.equal(*draws)

@@ -159,7 +159,7 @@ def test_any_other_text_is_refused_with_the_one_error(text):
             SignalRequest(class_moments="full", class_variance=True, taken="after"),
             {"class-count": (3,), "class-variance": (3,), "class-mean": (3, 6), "class-covariance": (3, 6, 6)},
         ),
-        (SignalRequest(update_scores=True), {"score-a": (2,), "score-b": (2,)}),
+        (SignalRequest(update_scores=True), {"score-a": (2,), "score-b": (2,), "refused-scores": (1,)}),
         (
             SignalRequest(update_norms=True),
             {"norm-a": (2,), "norm-b": (2,), "norm-product": (2,), "label-entropy": (1,)},
@@ -219,4 +219,4 @@ def test_signals_of_a_head_need_one(request_):
 
 def test_signals_of_layers_need_no_head():
     request = SignalRequest(update_scores=True, update_norms=True, fisher_samples=1)
-    assert signal_layout(request, HEADLESS).size == 2 * 2 + 3 * 2 + 1 + HEADLESS.size
+    assert signal_layout(request, HEADLESS).size == 2 * 2 + 1 + 3 * 2 + 1 + HEADLESS.size

@@ -39,7 +39,7 @@ SIX_LAYERS = make_layout(
 
 
 def told(found, layout=LAYOUT):
-    """Signals by name and client, or by name as a function of (client, round); all others are five or one."""
+    """Signals by name and client, or by name as a function of (client, round); all others are five, none, or one."""
 
     def signals(name, instruction):
         index = signal_layout(instruction.signals, layout)
@@ -49,8 +49,8 @@ def told(found, layout=LAYOUT):
             given = source(name, instruction.server_round) if callable(source) else source.get(name)
             if given is not None:
                 view.copy_(torch.as_tensor(given))
-            elif key == "class-count":
-                view.fill_(5.0)
+            elif key in ("class-count", "refused-scores"):
+                view.fill_(5.0 if key == "class-count" else 0.0)
         return ArrayRecord({FLAT: flat_to_array(values.numpy())})
 
     return signals
@@ -178,12 +178,21 @@ def test_a_client_without_a_correct_prediction_has_a_say_in_the_adapter_alone(lo
 def test_equal_scores_merge_the_adapter_uniformly_and_say_so(logged):
     found = run({"score-a": lambda *_: [3.0, 3.0], "score-b": lambda *_: [0.0, 0.0]})
     close(factors_of(found.flat), weighted_factors(np.full((4, 2), 0.25)))
-    assert lines(logged, logging.INFO, "Round 1: all update scores are equal; the adapter is merged uniformly.")
+    assert lines(logged, logging.INFO, "Round 1: all update scores that count are equal; their clients have equal say.")
 
 
 def test_scores_that_differ_are_not_called_equal(logged):
     run({"score-a": lambda *_: [3.0, 3.0], "score-b": {"1": [1.0, 2.0]}})
-    assert not lines(logged, logging.INFO, "Round 1: all update scores are equal")
+    assert not lines(logged, logging.INFO, "Round 1: all update scores that count are equal")
+
+
+def test_dot_products_that_counted_as_zero_are_told_by_client(logged):
+    """What is no number of them tells nothing, and costs nobody the round."""
+    found = run({"refused-scores": {"0": [3.0], "1": [0.0], "2": [np.nan], "3": [-1.0]}})
+    assert found.reports[1].details["refused_scores"] == {"0": 3}
+    assert found.reports[1].clients_used == NAMES
+    [line] = lines(logged, logging.WARNING, "Round 1: gradients or moves that are not finite counted as 0")
+    assert line.endswith("{'0': 3}.")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
