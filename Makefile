@@ -24,7 +24,8 @@ setup: $(STAMP) ## Create .venv and install the app with its development tools.
 
 demo: $(STAMP) ## Fine-tune a ViT over 10 simulated clients through flwr run, in minutes.
 	$(BIN)/python -m tools.launch . --clients 10
-	@echo 'Next: make report RUN=runs/... for a page of plots, make predict, make export; with other settings: README, "Changing what is run".'
+	@run=$$(ls -td runs/*-fedavg | head -1); echo "Next: make report RUN=$$run for a page of plots, make predict RUN=$$run" \
+		"IMAGES=folder, make export RUN=$$run; with other settings: README, \"Changing what is run\"."
 
 debug: $(STAMP) ## Run the app in one process without Ray: make debug ARGS="strategy=fedprox".
 	$(BIN)/python -m tools.debug $(ARGS)

@@ -103,7 +103,7 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
                 _save(folder, strategy, model, run, names, keeping.reports)
             raise
         _save(folder, strategy, model, run, names, keeping.reports)
-    log(INFO, "%s", closing(keeping.reports))
+    log(INFO, "%s", closing(keeping.reports, folder.path))
     return folder.path
 
 

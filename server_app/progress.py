@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from strategies.report import RoundReport
 
@@ -55,18 +56,20 @@ class Progress:
         return f"{left // 60}:{left % 60:02d}"
 
 
-def closing(reports: Sequence[RoundReport]) -> str:
+def closing(reports: Sequence[RoundReport], folder: Path) -> str:
     """Sum up a run as a table.
 
     Parameters
     ----------
     reports : Sequence[RoundReport]
         Of all rounds, at least one.
+    folder : Path
+        The run folder.
 
     Returns
     -------
     str
-        Rounds, accuracies, clients, traffic and time, a line each; the first says how the run ended.
+        Accuracies, rounds, clients, traffic, time and folder, a line each; the first says how the run ended.
     """
     last, merged = reports[-1], [report for report in reports if report.merged]
     central = {r.server_round: r.central["accuracy"] for r in reports if "accuracy" in r.central}
@@ -80,7 +83,8 @@ def closing(reports: Sequence[RoundReport]) -> str:
         "updates": f"{used} merged, {dropped} dropped",
         "traffic": f"{_megabytes(report.bytes_down for report in reports)} down, "
         f"{_megabytes(report.bytes_up for report in reports)} up",
-        "time": f"{sum(report.seconds.get('total', 0.0) for report in reports):.1f} s",
+        "time": f"{sum(report.seconds.get('total', 0.0) for report in reports):.1f} s in rounds",
+        "run folder": str(folder),
     }
     head = f"Finished after {last.server_round} round{'' if last.server_round == 1 else 's'}."
     return "\n".join([head, *(f"  {name:<18} {value}" for name, value in rows.items() if value)])
@@ -94,6 +98,8 @@ def _course(accuracy: dict[int, float]) -> str:
     """Say where an accuracy began and ended, and where it was best."""
     if not accuracy:
         return ""
-    first, last, best = min(accuracy), max(accuracy), max(accuracy, key=lambda number: accuracy[number])
+    first, last, best = min(accuracy), max(accuracy), max(accuracy.values())
     ended = f"{100 * accuracy[first]:.1f} % in round {first}, {100 * accuracy[last]:.1f} % in round {last}"
-    return ended if best in (first, last) else f"{ended} (best {100 * accuracy[best]:.1f} % in round {best})"
+    if best in (accuracy[first], accuracy[last]):
+        return ended
+    return f"{ended} (best {100 * best:.1f} % in round {max(accuracy, key=lambda number: accuracy[number])})"

@@ -204,14 +204,13 @@ class LayerwiseStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the strategy and its options."""
-        options = {key: value for key, value in dataclasses.asdict(self.config).items() if key != "name"}
-        log(INFO, "Strategy %s: %s", type(self).__name__, ", ".join(f"{k}={v}" for k, v in options.items()))
+        log(INFO, "Strategy %s: %s", type(self).__name__, _options(self.config))
         if self.context.lora_merge != "factors":
             log(INFO, "Adapters are merged by lora.merge=%s", self.context.lora_merge)
         if self.calibration is not None:
-            log(INFO, "Calibration: %s", self.calibration.config)
+            log(INFO, "Calibration %s: %s", self.calibration.config.name, _options(self.calibration.config))
         if self.schedule.config.name != "every_round":
-            log(INFO, "Schedule: %s", self.schedule.config)
+            log(INFO, "Schedule %s: %s", self.schedule.config.name, _options(self.schedule.config))
         if self.codec.wire.lossy:
             log(INFO, "On the wire: %s", self.codec.wire)
 
@@ -367,3 +366,8 @@ class LayerwiseStrategy(Strategy):
         self.last_failure = reason
         self.schedule.failed(server_round)
         log(ERROR, "Round %d: %s; the model stays as it was.", server_round, reason)
+
+
+def _options(config: Any) -> str:
+    """List the options of a config dataclass, without its name."""
+    return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(config).items() if key != "name")

@@ -164,7 +164,7 @@ class TrainConfig:
     """Where to train; ``auto`` takes a GPU if the process sees one."""
     precision: str = bounded("float32", choices=("float32", "bfloat16"))
     """Numbers of the forward and backward pass; with ``bfloat16`` torch's autocast chooses by operator. Adapter, head,
-    optimizer and what travels stay float32."""
+    optimizer and what travels stay float32. For GPUs: a CPU without bfloat16 arithmetic gets slower."""
     compile: bool = False
     """Compile the model by ``torch.compile``: a minute in every process, for long runs on GPUs."""
     channels_last: bool = False

@@ -12,6 +12,7 @@ SuperLink of its own, submits the app, copies the run's log to stdout, stops eve
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def run_app(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    options = vars(_parser().parse_args(argv))
+    options, began = vars(_parser().parse_args(argv)), time.time()
     try:
         with _signals_raise():
             folders = {name: options[name] for name in ("runs_dir", "data", "backbones")}
@@ -62,10 +63,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except _Interrupted as interrupt:
-        print(f"Interrupted by {interrupt.signal.name}; everything that was started is stopped.", file=sys.stderr)
+        stopped = f"Interrupted by {interrupt.signal.name}; everything that was started is stopped."
+        print(stopped + _how_to_go_on(options["runs_dir"], began), file=sys.stderr)
         return 128 + interrupt.signal
     print(outcome.summary, file=sys.stdout if outcome.completed else sys.stderr)
     return 0 if outcome.completed else 1
+
+
+def _how_to_go_on(runs_dir: Path, began: float) -> str:
+    """Say how to go on with the run that was begun since; nothing where none was."""
+    begun = [config for config in runs_dir.glob("*/config.yaml") if config.stat().st_mtime >= began]
+    if not begun:
+        return ""
+    folder = max(begun, key=lambda config: config.stat().st_mtime).parent
+    return f""" To go on, add -c 'resume="{folder.resolve()}"' to the command."""
 
 
 def _parser() -> argparse.ArgumentParser:

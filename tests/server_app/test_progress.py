@@ -1,5 +1,7 @@
 """One line per round."""
 
+from pathlib import Path
+
 import pytest
 
 from server_app.progress import Progress, closing
@@ -87,11 +89,12 @@ def test_a_run_is_summed_up_in_a_table():
         )
         for number, accuracy in enumerate(accuracies)
     ]
-    assert closing(reports).splitlines() == [
+    assert closing(reports, Path("runs/a")).splitlines() == [
         "Finished after 2 rounds.",
         "  accuracy           10.0 % in round 0, 50.0 % in round 2 (best 60.0 % in round 1)",
         "  rounds             2 merged of 2",
         "  updates            4 merged, 1 dropped",
         "  traffic            3.0 MB down, 1.5 MB up",
-        "  time               6.0 s",
+        "  time               6.0 s in rounds",
+        "  run folder         runs/a",
     ]

@@ -178,7 +178,7 @@ def test_raising_server_app_exits_1_with_the_reason(
 @pytest.mark.slow
 def test_interrupt_stops_everything(app: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.launch", str(app), "--clients", "2", "--data", str(tmp_path)]
-    command += ["-c", 'mode="sleep"', "--timeout", str(PATIENCE)]
+    command += ["-c", 'mode="sleep"', "--timeout", str(PATIENCE), "--runs-dir", str(tmp_path / "runs")]
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as launcher:
@@ -187,10 +187,14 @@ def test_interrupt_stops_everything(app: Path, tmp_path: Path) -> None:
         started = processes_that_see(tmp_path)
         assert started
         [home] = set(re.findall(r"\0FLWR_HOME=([^\0]*)", "".join((p / "environ").read_text() for p in started)))
+        begun = tmp_path / "runs" / "20261122-080000-fedavg"  # as an app would that keeps its runs
+        begun.mkdir(parents=True)
+        (begun / "config.yaml").touch()
         launcher.send_signal(signal.SIGINT)
         _, error = launcher.communicate(timeout=PATIENCE)
     assert launcher.returncode == 128 + signal.SIGINT
     assert "SIGINT" in error
+    assert f"""To go on, add -c 'resume="{begun}"' to the command.""" in error
     assert not processes_that_see(tmp_path)
     assert not Path(home).parent.exists()
 

@@ -209,7 +209,7 @@ def stack_parts(
 
 def overview(runs: Sequence[Run]) -> Table:
     """Say in a row for every run what came of it."""
-    columns = ["run", "strategy", "rounds", "clients", "server's accuracy", "clients' accuracy", "traffic", "time"]
+    columns = ["run", "server's accuracy", "clients' accuracy", "strategy", "rounds", "clients", "traffic", "time"]
     rows = []
     for run in runs:
         ends = [percent(points[-1][1]) if (points := measure.points(run)) else "-" for measure in MEASURES]
@@ -219,7 +219,7 @@ def overview(runs: Sequence[Run]) -> Table:
         sent = max(traffic(run).values(), default=0.0)
         time = sum(report.seconds.get("total", 0.0) for report in run.reports)
         rows.append(
-            [run.name, _method(run), rounds, str(len(run.clients)), *ends, f"{sent / 1e6:.1f} MB", f"{time:.0f} s"]
+            [run.name, *ends, _method(run), rounds, str(len(run.clients)), f"{sent / 1e6:.1f} MB", f"{time:.0f} s"]
         )
     return Table(columns, rows)
 
