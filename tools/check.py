@@ -10,6 +10,7 @@ from server_app.compose import FIRST_CLASS_KEYS, ComposedRun, compose_run
 from server_app.resuming import check_past
 from strategies import StrategyConfig
 from task.backbone import BACKBONES_VARIABLE
+from task.config import DatasetConfig
 from task.data.sources import DATA_VARIABLE
 from task.errors import ConfigError, did_you_mean
 from tools.simulation import run_config_pairs
@@ -58,6 +59,8 @@ def check_run(
     dataset, backbone = run.settings.dataset, run.settings.backbone
     in_folder = dataset.source in ("parquet", "folder")
     _check_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
+    if dataset.source == "folder":
+        _check_splits(dataset, Path(data or os.environ[DATA_VARIABLE]).expanduser())
     in_folder = backbone.source == "checkpoint"
     _check_folder("--backbones", backbones, BACKBONES_VARIABLE, backbone.name if in_folder else "")
 
@@ -102,6 +105,14 @@ def _check_folder(option: str, given: Path | None, variable: str, needed_by: str
         raise ConfigError(f"{needed_by!r} lies in a folder: say where by {option} /path, or the variable {variable}.")
     if (needed_by or given is not None) and not Path(value).expanduser().is_dir():
         raise ConfigError(f"{said} {value} is no folder; give the one that holds the files.")
+
+
+def _check_splits(dataset: DatasetConfig, folder: Path) -> None:
+    """Refuse a folder of images that lacks a split that the config names."""
+    from task.data.readers import class_root  # brings in the datasets library
+
+    for split in filter(None, (dataset.train_split, dataset.test_split)):
+        class_root(dataset, split, folder)
 
 
 def run_config_values(run_config: Sequence[str]) -> dict[str, Any]:

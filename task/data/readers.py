@@ -103,7 +103,7 @@ def _loaded(what: str, *arguments: str, **options: Any) -> datasets.Dataset:
 
 def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.Dataset:
     # Not the library's "imagefolder": it guesses splits from names, so that a class "test_tube" would go missing.
-    folder = _class_root(config, split, location)
+    folder = class_root(config, split, location)
     splits = [location / name for name in (config.train_split, config.test_split) if name]
     parents = {folder, *(path for path in splits if path.is_dir())}
     names = sorted({path.name for parent in parents for path in parent.iterdir() if _is_class(path)})
@@ -117,8 +117,16 @@ def _read_folder(config: DatasetConfig, split: str, location: Path) -> datasets.
     return _labelled(config, images, labels, names)
 
 
-def _class_root(config: DatasetConfig, split: str, location: Path) -> Path:
-    """Find the folder whose sub-folders are the classes: the split's own, or the location where it has no splits."""
+def class_root(config: DatasetConfig, split: str, location: Path) -> Path:
+    """Find the folder whose sub-folders are the classes: the split's own, or the location where it has no splits.
+
+    Raises
+    ------
+    ConfigError
+        If a split is no name of a folder.
+    DataError
+        If there is no such folder.
+    """
     for name in (config.train_split, config.test_split):
         if Path(name).name != name or name == "..":
             raise ConfigError(f"The split {name!r} must be the name of a folder inside the data, not a path.")

@@ -3,7 +3,7 @@
 import pytest
 
 from server_app.compose import compose_run
-from task.errors import ConfigError
+from task.errors import ConfigError, DataError
 from tools.check import APP, check_run
 from tools.launch import main
 
@@ -44,7 +44,7 @@ def test_a_mistake_is_told_in_one_sentence(run_config, sentence):
 def test_data_and_backbones_in_folders_need_to_be_there(tmp_path, monkeypatch):
     monkeypatch.delenv("PETALWISE_DATA", raising=False)
     monkeypatch.delenv("PETALWISE_BACKBONES", raising=False)
-    flowers = ["dataset='image_folder' overrides='dataset.classes=[\"rose, wild\",tulip]'"]
+    flowers = ["dataset='image_folder' overrides='dataset.test_split= dataset.classes=[\"rose, wild\",tulip]'"]
     with pytest.raises(ConfigError, match="'image_folder' lies in a folder: say where by --data /path"):
         check_run(APP, flowers, clients=2)
     with pytest.raises(ConfigError, match="--data .*/missing is no folder"):
@@ -60,11 +60,27 @@ def test_data_and_backbones_in_folders_need_to_be_there(tmp_path, monkeypatch):
         check_run(APP, ['backbone="dinov2_small_file"'], clients=2)
 
 
+def test_a_folder_of_images_needs_the_splits_that_the_config_names(tmp_path):
+    (tmp_path / "rose").mkdir()
+    images = ['dataset="image_folder"']
+    with pytest.raises(DataError, match=r"has no folder 'test'; correct .* \(an empty test_split holds out"):
+        check_run(APP, images, clients=2, data=tmp_path)
+    check_run(APP, [*images, 'overrides="dataset.test_split="'], clients=2, data=tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "rose").mkdir(parents=True)
+    check_run(APP, images, clients=2, data=tmp_path)
+
+
 def test_a_run_to_go_on_with_is_checked_by_its_own_config(tmp_path, monkeypatch):
     monkeypatch.delenv("PETALWISE_DATA", raising=False)
     folder = tmp_path / "20260101-120000-fedavg"
     folder.mkdir()
-    overrides = ["dataset=image_folder", "dataset.classes=[rose,tulip]", "strategy.min_clients=6"]
+    overrides = [
+        "dataset=image_folder",
+        "dataset.test_split=",
+        "dataset.classes=[rose,tulip]",
+        "strategy.min_clients=6",
+    ]
     (folder / "config.yaml").write_text(compose_run({}, overrides).yaml)
     resume = [f'resume="{folder.name}"']
     with pytest.raises(ConfigError, match=r"4 client\(s\) would be started, but the strategy waits for 6"):
