@@ -190,7 +190,7 @@ REFUSALS = {
     "backbone=vit": "backbone='vit' is not one of: clip_base, deit_tiny, ",
     "train=fast": "train='fast' is not one of: default.",
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
-    "max_steps, augment, device. Did you mean 'lr'?",
+    "max_steps, augment, device, precision, compile, channels_last. Did you mean 'lr'?",
     "foo=1": "The config has no key 'foo'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
     "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker.",
     "+train.foo=1": "train has no key 'foo'; it has: optimizer, ",
