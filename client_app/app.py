@@ -186,11 +186,11 @@ def _exchanger(node: Node, worker: Worker, instruction: Instruction) -> Exchange
 
 
 def _train_head(worker: Worker, node: Node, instruction: Instruction, purpose: str) -> None:
-    """Train the head alone for as many epochs as are asked for; the adapter stands still."""
+    """Train the head alone for as many epochs as are asked for; the adapter is frozen."""
     if epochs := instruction.head_epochs:
         adapter = [unit for unit in worker.model.layout.units if unit != HEAD]
         batches = _batches(worker, node, instruction, f"{purpose}head-", epochs)
-        train(worker.model, worker.optimizer, batches, still=adapter)
+        train(worker.model, worker.optimizer, batches, frozen=adapter)
 
 
 def _train(
@@ -203,9 +203,9 @@ def _train(
 ) -> TrainOutcome:
     """Train for a round; ``purpose`` leads the names of its draws."""
     batches = _batches(worker, node, instruction, purpose, worker.task.train.local_epochs)
-    still = [HEAD] if instruction.head_epochs else []
+    frozen = [HEAD] if instruction.head_epochs else []
     return train(
-        worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state, still=still
+        worker.model, worker.optimizer, batches, instruction.proximal_mu, recorder, optimizer_state, frozen=frozen
     )
 
 

@@ -251,7 +251,7 @@ def class_statistics(features: Tensor, labels: Tensor, num_classes: int, full: b
         "class-variance": variances.mean(1),
     }
     if full:
-        groups = centred[labels.argsort(stable=True)].split(labels.bincount(minlength=num_classes).tolist())
+        groups = centred[labels.argsort(stable=True)].split(count.long().tolist())
         found["class-covariance"] = torch.stack([g.T @ g / n for g, n in zip(groups, freedom, strict=True)])
     return found
 

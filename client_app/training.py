@@ -39,7 +39,7 @@ def train(
     proximal_mu: float = 0.0,
     recorder: Recorder | None = None,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
-    still: Collection[str] = (),
+    frozen: Collection[str] = (),
 ) -> TrainOutcome:
     """Train adapter and head in place.
 
@@ -57,7 +57,7 @@ def train(
         Sees every batch.
     optimizer_state : Mapping[str, Tensor], optional
         The optimizer's state of ``model.flat`` to go on from; by default a fresh one.
-    still : Collection[str]
+    frozen : Collection[str]
         Layer units that keep their values; no gradient is computed for them.
 
     Returns
@@ -77,8 +77,8 @@ def train(
         optimizer.state[flat] = {name: value.to(flat.device) for name, value in optimizer_state.items()}
     assert gradient is not None
     received = flat.detach().clone() if proximal_mu else None
-    kept = [(part, flat.detach()[part].clone()) for unit, part in model.layout.slices.items() if unit in still]
-    trained = model.parameters(without=still) if still else None
+    kept = [(part, flat.detach()[part].clone()) for unit, part in model.layout.slices.items() if unit in frozen]
+    trained = model.parameters(without=frozen) if frozen else None
     total, seen, steps = 0.0, 0, 0
     for images, labels in batches:
         gradient.zero_()

@@ -305,8 +305,8 @@ class LayerwiseStrategy(Strategy):
         train_config, evaluate_config : ConfigRecord, optional
             Further entries of the messages' config.
         evaluate_fn : callable, optional
-            Evaluates the global model on the server, before round 1 and after every round; where clients evaluate
-            too, meanwhile and in another thread. What it raises ends the run, once the clients have answered.
+            Evaluates the global model on the server, before round 1 and after every round, in another thread:
+            where clients evaluate too, meanwhile. What it raises ends the run, once the clients have answered.
         on_round : callable, optional
             Is given the :class:`~strategies.report.RoundReport` after every round, round 0 included.
         state : dict, optional

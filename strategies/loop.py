@@ -146,9 +146,9 @@ class RoundLoop:
         if not messages and central is None:
             return
         with self._timed("evaluate"), ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(central) if central and messages else None
+            pending = pool.submit(central) if central else None
             found = strategy.aggregate_evaluate(server_round, self._exchange(messages)) if messages else None
-            scored = pending.result() if pending else central() if central else None
+            scored = pending.result() if pending else None
         if found is not None:
             result.evaluate_metrics_clientapp[server_round] = found
         if scored is not None:

@@ -32,13 +32,13 @@ class AdaptedModel:
         Index of the trainable tensors.
     base : str
         Hash of the frozen weights.
-    computing : TrainConfig, optional
-        Precision, compiled or not, order of the images' dimensions; by default plain float32.
+    computing : TrainConfig
+        Precision, and the order of the images' dimensions.
     """
 
-    def __init__(self, module: peft.PeftModel, layout: Layout, base: str, computing: TrainConfig | None = None) -> None:
+    def __init__(self, module: peft.PeftModel, layout: Layout, base: str, computing: TrainConfig) -> None:
         self.module = module
-        self._computing = computing or TrainConfig()
+        self._computing = computing
         self.layout = layout
         self.base = base
         self._trainable = {canonical_name(name): p for name, p in module.named_parameters() if p.requires_grad}

@@ -58,11 +58,11 @@ def check_run(
         check_clients(run.strategy, clients)
     dataset, backbone = run.settings.dataset, run.settings.backbone
     in_folder = dataset.source in ("parquet", "folder")
-    _check_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
+    folder = _checked_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
     if dataset.source == "folder":
-        _check_splits(dataset, Path(data or os.environ[DATA_VARIABLE]).expanduser())
+        _check_splits(dataset, folder)
     in_folder = backbone.source == "checkpoint"
-    _check_folder("--backbones", backbones, BACKBONES_VARIABLE, backbone.name if in_folder else "")
+    _checked_folder("--backbones", backbones, BACKBONES_VARIABLE, backbone.name if in_folder else "")
 
 
 def checked_config(values: Mapping[str, Any], clients: int) -> ComposedRun:
@@ -98,13 +98,15 @@ def _found(resume: str, runs_dir: Path) -> Path:
     return found
 
 
-def _check_folder(option: str, given: Path | None, variable: str, needed_by: str) -> None:
-    """Refuse a folder that is not there, and none where something of this name lies in one."""
+def _checked_folder(option: str, given: Path | None, variable: str, needed_by: str) -> Path:
+    """Return the folder that is told; refuse one that is not there, or none where something lies in one."""
     said, value = (option, str(given)) if given is not None else (variable, os.environ.get(variable, ""))
     if needed_by and not value:
         raise ConfigError(f"{needed_by!r} lies in a folder: say where by {option} /path, or the variable {variable}.")
-    if (needed_by or given is not None) and not Path(value).expanduser().is_dir():
+    folder = Path(value).expanduser()
+    if (needed_by or given is not None) and not folder.is_dir():
         raise ConfigError(f"{said} {value} is no folder; give the one that holds the files.")
+    return folder
 
 
 def _check_splits(dataset: DatasetConfig, folder: Path) -> None:

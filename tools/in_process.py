@@ -106,6 +106,7 @@ def _one_thread() -> Iterator[None]:
 def _debug(app: Path, arguments: list[str], environment: dict[str, str], log: Path) -> None:
     """Be ``python -m tools.debug`` in an environment of its own, with its output in a file."""
     os.chdir(app)
+    os.environ.clear()  # it was that of the first run
     os.environ.update(environment)
     with log.open("wb") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())

@@ -1,6 +1,5 @@
 """What LIVAR's signals cost a client: rounds with and without them in turn, and their own code's share of a round."""
 
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,7 +8,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.signals import AIM, Client
-from benchmarks.speed.ratios import Ratio, in_turn
+from benchmarks.speed.ratios import Ratio, in_turn, seconds_of
 from benchmarks.speed.results import Found
 from benchmarks.speed.settings import SETTINGS
 from client_app.measuring import Recorder
@@ -49,24 +48,22 @@ def measure(repeats: int) -> Found:
 
 
 def own_share(client: Client, request: SignalRequest) -> float:
-    """Divide the processor time of the signals' own code by that of the rest of the same round."""
-    with _timed() as taken:
+    """Divide the seconds of the signals' own code by those of the rest of the same round."""
+    with _timed(client.model.device) as taken:
         whole = client.seconds(request)
     return sum(taken) / (whole - sum(taken))
 
 
 @contextmanager
-def _timed() -> Iterator[list[float]]:
-    """Note the processor time of every call of :data:`OWN`."""
+def _timed(device: torch.device) -> Iterator[list[float]]:
+    """Note the seconds of every call of :data:`OWN`, on a CPU of processor time."""
     taken: list[float] = []
 
     def noted(function: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            began = time.process_time()
-            try:
-                return function(*arguments)
-            finally:
-                taken.append(time.process_time() - began)
+            found: list[Any] = []
+            taken.append(seconds_of(lambda: found.append(function(*arguments)), device))
+            return found[0]
 
         return call
 

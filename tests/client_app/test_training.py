@@ -86,10 +86,10 @@ def test_the_proximal_term_is_its_gradient(model):
     torch.testing.assert_close(proximal, plain - 0.1 * 2.0 * (after_one - received), rtol=1e-4, atol=1e-6)
 
 
-def test_what_stands_still_keeps_its_bits_and_the_rest_trains_as_without_decay_of_it(model):
+def test_frozen_units_keep_their_bits_and_the_rest_trains_as_without_decay_of_them(model):
     head, config = model.layout.slices["head"], TrainConfig(lr=0.01, weight_decay=0.5)
     before = model.read()
-    train(model, make_optimizer(model, config), batches(3), still=["head"])
+    train(model, make_optimizer(model, config), batches(3), frozen=["head"])
     after = model.read()
     np.testing.assert_array_equal(after[head], before[head])
     plain = build_model(TASK, num_classes=3)
@@ -104,10 +104,10 @@ def test_what_stands_still_keeps_its_bits_and_the_rest_trains_as_without_decay_o
     np.testing.assert_allclose(after, plain.read(), rtol=1e-4, atol=1e-6)
 
 
-def test_while_the_adapter_stands_still_the_head_trains_as_ever_and_no_gradient_is_computed_for_the_rest(model):
+def test_with_a_frozen_adapter_the_head_trains_as_ever_and_no_gradient_is_computed_for_the_rest(model):
     head, config = model.layout.slices["head"], TrainConfig(lr=0.01)
     before, adapter = model.read(), [unit for unit in model.layout.units if unit != "head"]
-    train(model, make_optimizer(model, config), batches(1), still=adapter)
+    train(model, make_optimizer(model, config), batches(1), frozen=adapter)
     after, gradient = model.read(), model.flat.grad.clone()
     model.load(before)
     train(model, make_optimizer(model, config), batches(1))

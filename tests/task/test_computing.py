@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from client_app.signals import FeatureTap
 from client_app.training import make_optimizer, train
+from task.config import TrainConfig
 from task.model import build_model
 
 NUM_CLASSES = 3
@@ -70,7 +71,7 @@ def test_training_and_the_features_seen_along_with_it_work_the_same_way(built, i
     model(images)  # compiled without the hook
     before = model.read()
     with FeatureTap(model) as tap:
-        outcome = train(model, make_optimizer(model, replace(model._computing)), [(images, LABELS)] * 3)
+        outcome = train(model, make_optimizer(model, TrainConfig(lr=1e-3)), [(images, LABELS)] * 3)
     assert outcome.steps == 3
     assert tap.features.shape == (8, 32)
     assert tap.features.dtype == torch.float32

@@ -43,14 +43,14 @@ def told(found, layout=LAYOUT):
 
     def signals(name, instruction):
         index = signal_layout(instruction.signals, layout)
-        values = torch.ones(index.size)
+        values, fixed = torch.ones(index.size), {"class-count": 5.0, "refused-scores": 0.0}
         for key, view in index.views(values).items():
             source = found.get(key, {})
             given = source(name, instruction.server_round) if callable(source) else source.get(name)
             if given is not None:
                 view.copy_(torch.as_tensor(given))
-            elif key in ("class-count", "refused-scores"):
-                view.fill_(5.0 if key == "class-count" else 0.0)
+            elif key in fixed:
+                view.fill_(fixed[key])
         return ArrayRecord({FLAT: flat_to_array(values.numpy())})
 
     return signals
