@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from client_app.kept import state_folder
+from client_app.resident import RESIDENT, wants_resident
 from task.backbone import backbone_folder
 from task.config import TaskConfig
 from task.data.sources import node_location
@@ -21,6 +22,7 @@ NODE_KEYS = (
     "batch-size",
     "image-column",
     "label-column",
+    RESIDENT,
     "partition-id",
     "num-partitions",
 )
@@ -95,6 +97,8 @@ class Node:
     """Where its backbone files lie."""
     state: Path
     """Where it keeps what it needs in later rounds."""
+    resident: bool
+    """Whether a resident process keeps the libraries imported from one message to the next."""
     own: OwnSettings
     """What it sets for itself."""
 
@@ -117,6 +121,7 @@ class Node:
             data=node_location(node_config),
             backbones=backbone_folder(node_config),
             state=state_folder(node_config),
+            resident=wants_resident(node_config),
             own=OwnSettings.from_config(node_config),
         )
 

@@ -79,6 +79,6 @@ def test_keys_for_other_apps_are_let_be(tmp_path):
     assert Node.from_config(others, 99) == node()
     assert unknown_keys({**others, "name": "a"}) == list(others)
     folders = dict.fromkeys(("data", "backbones", "state"), str(tmp_path))
-    values = {**dict.fromkeys(NODE_KEYS, 1), **folders, "device": "cpu"}
+    values = {**dict.fromkeys(NODE_KEYS, 1), **folders, "device": "cpu", "resident": True}
     assert Node.from_config(values, 99).data == tmp_path
     assert not unknown_keys(values)
