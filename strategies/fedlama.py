@@ -100,7 +100,7 @@ class FedLama(Schedule):
             self._span, self._complete_round = server_round - self._complete_round, server_round
             self._new_window(server_round)
             found["discrepancy"] = discrepancy.tolist()
-            found["lengthened"] = [unit for unit, rounds in self.intervals.items() if rounds == self.window]
+            found |= self._lengthened() if self.config.factor > 1 else {}
         return {"schedule": found}
 
     def failed(self, server_round: int) -> None:
@@ -135,6 +135,12 @@ class FedLama(Schedule):
         self.intervals, self.window_start = dict(state["intervals"]), state["window_start"]
         self.members = None if state["members"] is None else list(state["members"])
         self._synchronised, self._complete_round, self._span = state["complete"]
+
+    def _lengthened(self) -> dict[str, Any]:
+        """Name the units that are lengthened from now on, and their share of all values (lambda*)."""
+        units = [unit for unit, rounds in self.intervals.items() if rounds > self.config.interval]
+        size = {unit: part.stop - part.start for unit, part in self.layout.slices.items()}
+        return {"lengthened": units, "lengthened_share": sum(size[unit] for unit in units) / sum(size.values())}
 
     def _new_window(self, server_round: int) -> None:
         self.window_start, self.members = server_round + 1, None

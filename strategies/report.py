@@ -35,6 +35,10 @@ class RoundReport:
     """Accuracy by client after a further round of its own training, where ``strategy.evaluate_tuned`` asks for it."""
     tuned_accuracy_mean: float | None = None
     """Mean of the above over clients, unweighted."""
+    tuned_accuracy_worst: float | None = None
+    """Lowest of the above."""
+    tuned_accuracy_deviation: float | None = None
+    """Standard deviation over clients (divided by their number)."""
     clients_evaluated_round: int | None = None
     """The round whose model the clients evaluated."""
     train_loss: float | None = None
@@ -89,6 +93,8 @@ class RoundReport:
         self.tuned_accuracy = {e.client: e.tuned_accuracy for e in evaluations if e.tuned_accuracy is not None}
         if self.tuned_accuracy:
             self.tuned_accuracy_mean = sum(self.tuned_accuracy.values()) / len(self.tuned_accuracy)
+            self.tuned_accuracy_worst = min(self.tuned_accuracy.values())
+            self.tuned_accuracy_deviation = pstdev(self.tuned_accuracy.values())
         return MetricRecord({"accuracy": self.clients_accuracy_mean, "num-clients": len(evaluations)})
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -43,8 +44,18 @@ class RunResult:
     """Mean of these over clients, unweighted."""
     clients_worst: float | None = None
     """Lowest of these."""
+    clients_deviation: float | None = None
+    """Standard deviation of these over clients (divided by their number)."""
+    tuned_accuracy: dict[str, float] = field(default_factory=dict)
+    """Accuracy by client after a further round of its own training, where that was evaluated."""
     tuned_mean: float | None = None
-    """Mean over clients after a further round of their own training, where that was evaluated."""
+    """Mean of these over clients, unweighted."""
+    tuned_worst: float | None = None
+    """Lowest of these."""
+    tuned_deviation: float | None = None
+    """Standard deviation of these over clients."""
+    lengthened_share: float | None = None
+    """FedLAMA's lambda*: share of the values whose units waited longer, mean over the windows that were chosen so."""
     dropped: int = 0
     """Replies that did not count, and clients that were refused, over all rounds."""
     rounds: int = 0
@@ -149,11 +160,23 @@ def measured(metrics: Path) -> dict[str, Any]:
         "best": max(accuracy.values(), default=None),
         "clients_accuracy": last["clients_accuracy"],
         "clients_mean": last["clients_accuracy_mean"],
-        "clients_worst": min(last["clients_accuracy"].values(), default=None),
-        "tuned_mean": last.get("tuned_accuracy_mean"),
+        "clients_worst": last["clients_accuracy_worst"],
+        "clients_deviation": last["clients_accuracy_deviation"],
+        "tuned_accuracy": last["tuned_accuracy"],
+        "tuned_mean": last["tuned_accuracy_mean"],
+        "tuned_worst": last["tuned_accuracy_worst"],
+        "tuned_deviation": last["tuned_accuracy_deviation"],
+        "lengthened_share": _lengthened_share(trained[:-1]),
         "dropped": sum(len(report["clients_dropped"]) for report in reports) + len(last["clients_refused"]),
         "rounds": len(trained),
         "bytes_down": sum(report["bytes_down"] for report in trained),
         "bytes_up": sum(report["bytes_up"] for report in trained),
         "round_seconds": mean(report["seconds"]["total"] for report in trained),
     }
+
+
+def _lengthened_share(reports: Sequence[dict[str, Any]]) -> float | None:
+    """Average what the schedule chose in these rounds; the choice of a run's last round is never used."""
+    chosen = [report["details"].get("schedule", {}).get("lengthened_share") for report in reports]
+    shares = [share for share in chosen if share is not None]
+    return mean(shares) if shares else None

@@ -34,6 +34,7 @@ def study_tables(ledger: Ledger) -> str:
         f"Final accuracy on the clients' own test images, mean over clients, %, and difference to {first}:",
         accuracy_table(study, results, lambda result: result.clients_mean),
         *_tuned_tables(study, results),
+        *_schedule_tables(study, results),
         "Seconds per round, and MB per round sent and received by the server:",
         cost_table(study, results),
         "\n".join(f"- {note}" for note in _notes(ledger, results, unfinished)),
@@ -42,7 +43,7 @@ def study_tables(ledger: Ledger) -> str:
 
 
 def _tuned_tables(study: Study, results: Sequence[CellResult]) -> list[str]:
-    """Write, where clients also evaluated after tuning, that mean and the accuracy of the worst client before it."""
+    """Write, where clients also evaluated after tuning, mean, worst client and deviation before and after it."""
     if not any(result.tuned_mean is not None for result in results):
         return []
     return [
@@ -50,6 +51,22 @@ def _tuned_tables(study: Study, results: Sequence[CellResult]) -> list[str]:
         accuracy_table(study, results, lambda result: result.tuned_mean),
         "Lowest accuracy of a client, before that:",
         accuracy_table(study, results, lambda result: result.clients_worst),
+        "And after it:",
+        accuracy_table(study, results, lambda result: result.tuned_worst),
+        "Standard deviation over clients, points, before that:",
+        accuracy_table(study, results, lambda result: result.clients_deviation),
+        "And after it:",
+        accuracy_table(study, results, lambda result: result.tuned_deviation),
+    ]
+
+
+def _schedule_tables(study: Study, results: Sequence[CellResult]) -> list[str]:
+    """Write, where a schedule chose units that wait longer, their share of all values."""
+    if not any(result.lengthened_share is not None for result in results):
+        return []
+    return [
+        "Share of the values whose units were lengthened (lambda*), mean over windows, %:",
+        accuracy_table(study, results, lambda result: result.lengthened_share),
     ]
 
 

@@ -19,6 +19,8 @@ from benchmarks.study.runner import StudyRunner
 from benchmarks.study.study import read_study
 from benchmarks.study.table import accuracy_table, cost_table, study_tables
 from server_app.compose import compose_run
+from strategies.replies import Evaluation
+from strategies.report import RoundReport
 from task.errors import ConfigError, PetalwiseError
 from tests.conftest import REPOSITORY
 from tools.alone import alone
@@ -99,18 +101,10 @@ class FakeLink:
 
 
 def report(number, accuracy, **values):
-    return {
-        "server_round": number,
-        "central": {"accuracy": accuracy, "loss": 1.0},
-        "clients_accuracy": {"0": 0.25, "1": 0.75},
-        "clients_accuracy_mean": 0.5,
-        "clients_dropped": {"1": "late"} if number else {},
-        "clients_refused": {},
-        "bytes_up": 0,
-        "bytes_down": 0,
-        "seconds": {"total": 12.0},
-        **values,
-    }
+    found = RoundReport(number, central={"accuracy": accuracy, "loss": 1.0}, seconds={"total": 12.0})
+    found.evaluated([Evaluation("0", 4, 0.25, 1.0), Evaluation("1", 4, 0.75, 1.0)], number)
+    found.clients_dropped = {"1": "late"} if number else {}
+    return {**found.to_dict(), **values}
 
 
 def run(ledger, link=None, **options):
@@ -167,7 +161,12 @@ def test_what_is_kept_of_a_cell(tmp_path):
         "clients_accuracy": {"0": 0.25, "1": 0.75},
         "clients_mean": 0.5,
         "clients_worst": 0.25,
+        "clients_deviation": 0.25,
+        "tuned_accuracy": {},
         "tuned_mean": None,
+        "tuned_worst": None,
+        "tuned_deviation": None,
+        "lengthened_share": None,
         "dropped": 1,
         "rounds": 1,
         "bytes_down": 1_000_000,

@@ -168,6 +168,8 @@ def test_clients_also_evaluate_what_a_round_of_their_own_makes_of_the_model():
     _, reports = start(evaluate_tuned=True)
     assert reports[1].tuned_accuracy == {name: (int(name) + 1) / 50 for name in NAMES}
     assert reports[1].tuned_accuracy_mean == pytest.approx(0.05)
+    assert reports[1].tuned_accuracy_worst == 0.02
+    assert reports[1].tuned_accuracy_deviation == pytest.approx(np.std([0.02, 0.04, 0.06, 0.08]))
     assert reports[1].clients_accuracy_worst == 0.01
     assert reports[1].clients_accuracy_deviation == pytest.approx(np.std([0.01, 0.02, 0.03, 0.04]))
     _, without = start()

@@ -145,7 +145,7 @@ def test_traffic_is_what_the_formula_says(interval, factor):
         assert down == [once * due for due in [True, *synchronised[:-1]]]
         assert rounds // (interval * factor) <= sum(synchronised) <= rounds // interval
     lengthened = [set(report.details["schedule"].get("lengthened", [])) for report in reports[1:]]
-    assert any(lengthened)
+    assert any(lengthened) == (factor > 1)
     assert reports[-1].bytes_up >= sum(reports[-1].bytes_up_by_unit.values())
 
 
@@ -154,6 +154,7 @@ def test_units_of_great_disagreement_are_synchronised_more_often():
     first = reports[2].details["schedule"]
     assert np.argsort(first["discrepancy"]).tolist() == [0, 1, 2]
     assert first["lengthened"] == ["blocks.0", "blocks.1"]
+    assert first["lengthened_share"] == (SIZES["blocks.0"] + SIZES["blocks.1"]) / sum(SIZES.values())
     assert reports[3].details["schedule"]["due"] == ["head"]
 
 
