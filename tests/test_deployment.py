@@ -47,7 +47,7 @@ def image_folder(folder, *classes, count=12):
 def sites(tmp_path_factory):
     data = tmp_path_factory.mktemp("sites")
     return [
-        Site("clinic-a", {"data": str(image_folder(data / "a", "dark", "light"))}),
+        Site("clinic-a", {"data": str(image_folder(data / "a", "dark", "light")), "resident": True}),
         Site("clinic-b", {"data": str(image_folder(data / "b", "light"))}),
     ]
 

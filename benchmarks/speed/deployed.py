@@ -1,4 +1,4 @@
-"""A round of LIVAR over three SuperNodes on this machine, and where its time goes."""
+"""A round of LIVAR over three SuperNodes on this machine, and where its time goes, with residents and without."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tools.deployment import Deployment, deployment
 
 SITES, IMAGES, ROUNDS = 3, 40, 3
 NOTES_VARIABLE = "PETALWISE_BENCH"
-"""Tells :mod:`benchmarks.speed.apps.timed_client` where to write."""
+"""Tells :mod:`benchmarks.speed.apps.timed_client` and ``timed_entry`` where to write."""
 AIM = 4.0
 """Seconds of a round that are neither Flower's nor training, at most."""
 CLASSES = ("dark", "light")
@@ -40,20 +40,31 @@ PARTS = {
     "data": "images read and decoded",
     "model": "model built and its weights hashed",
     "steps": "training",
-    "other": "the rest of the client's work: evaluation, values copied, signals, reply made",
+    "other": "the rest of the client's work: handed on, evaluation, values copied, signals, reply made",
     "back": "Flower: the reply's way to the ServerApp",
 }
 OURS = ("torch", "timm", "app", "data", "model", "other")
 
 
 def measure(repeats: int) -> Found:
-    """Run the app, and an empty one for what Flower takes by itself, over the same SuperNodes."""
+    """Run the app, and an empty one for what Flower takes by itself, over SuperNodes with residents and without."""
+    found = Found({}, [])
+    for resident in (True, False):
+        part = _measured(repeats, resident)
+        found = Found(found.ratios | part.ratios, [*found.tables, *part.tables])
+    return found
+
+
+def _measured(repeats: int, resident: bool) -> Found:
     ratios, tables = {}, []
+    how = "resident" if resident else "fresh"
     with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
         notes = Path(scratch, "notes")
         notes.mkdir()
         sites = [
-            Site(f"site-{number}", {"data": str(_images(Path(scratch, f"data-{number}"), number))})
+            Site(
+                f"site-{number}", {"data": str(_images(Path(scratch, f"data-{number}"), number)), "resident": resident}
+            )
             for number in range(SITES)
         ]
         settings = {"OMP_NUM_THREADS": "1", NOTES_VARIABLE: str(notes)}
@@ -65,11 +76,12 @@ def measure(repeats: int) -> Found:
                 runs = [part for _ in range(repeats) for part in run_app(running, notes, backbone, more)]
                 empty = [part for _ in range(repeats) for part in run_empty(running)]
                 overhead = [sum(parts[part] for part in OURS) for parts in runs]
-                ratios[f"deployed.{name}.other_seconds"] = Ratio.of(overhead, AIM, at_most=True)
-                ratios[f"deployed.{name}.round_by_empty_app"] = Ratio.between(
+                aim = AIM if resident else None
+                ratios[f"deployed.{name}.{how}_other_seconds"] = Ratio.of(overhead, aim, at_most=True)
+                ratios[f"deployed.{name}.{how}_round_by_empty_app"] = Ratio.between(
                     [sum(parts.values()) for parts in runs], empty[: len(runs)]
                 )
-                tables.append(parts_table(name, runs, empty))
+                tables.append(parts_table(f"{name}, resident={str(resident).lower()}", runs, empty))
     return Found(ratios, tables)
 
 
@@ -87,9 +99,17 @@ def run_app(running: Deployment, notes: Path, backbone: str, more: str) -> list[
     train = {
         str(report["server_round"]): report["seconds"]["train"] for report in reports if report["server_round"] > 1
     }
-    lines = [json.loads(line) for file in notes.iterdir() for line in file.read_text().splitlines()]
+    lines = _joined([json.loads(line) for file in notes.iterdir() for line in file.read_text().splitlines()])
     by_round = {key: [note for note in lines if note["kind"] == "train" and note["round"] == key] for key in train}
     return [round_parts(by_round[key], seconds) for key, seconds in train.items()]
+
+
+def _joined(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put together what was noted of a message where Flower handed it over and where it was answered."""
+    by_message: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        by_message.setdefault(line["id"], {}).update(line)
+    return list(by_message.values())
 
 
 def run_empty(running: Deployment) -> list[float]:
@@ -110,14 +130,18 @@ def run_empty(running: Deployment) -> list[float]:
 
 
 def timed_app(folder: Path) -> Path:
-    """Write the app with :mod:`benchmarks.speed.apps.timed_client` for its client."""
+    """Write the app with :mod:`benchmarks.speed.apps.timed_entry` before it and ``timed_client`` in it."""
     for package in (*SHARED, "client_app", "server_app"):
         shutil.copytree(APP / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("LICENSE", "README.md"):
         shutil.copy(APP / file, folder)
-    shutil.copy(Path(__file__).parent / "apps" / "timed_client.py", folder)
+    for file in ("timed_client.py", "timed_entry.py"):
+        shutil.copy(Path(__file__).parent / "apps" / file, folder)
+    client = folder / "client_app" / "app.py"
+    own = client.read_text(encoding="utf-8")
+    client.write_text(f"import timed_client\n{own}\n\napp = timed_client.timed_app(app)\n", encoding="utf-8")
     described = (APP / "pyproject.toml").read_text(encoding="utf-8")
-    for old, new in (("client_app.app:app", "timed_client:client"), ("fab-include = [", 'fab-include = ["*.py",')):
+    for old, new in (("client_app.entry:app", "timed_entry:client"), ("fab-include = [", 'fab-include = ["*.py",')):
         if described.count(old) != 1:
             raise PetalwiseError(f"The app's pyproject.toml says {old!r} {described.count(old)} times, not once.")
         described = described.replace(old, new)
@@ -146,13 +170,14 @@ def round_parts(notes: Sequence[dict[str, Any]], phase: float) -> dict[str, floa
 
 
 def _parts(note: dict[str, Any], phase: float) -> dict[str, float]:
-    """Split the phase as one client saw it."""
-    arrived, taken = note["arrived"], note["taken"]
+    """Split the phase as one client saw it; what a resident had imported before counts nothing."""
+    taken, loaded = note["taken"], note["loaded"]
+    arrived = {name: max(loaded, moment) for name, moment in note["arrived"].items()}
     inside = {name: taken.get(name, 0.0) for name in ("data", "model", "steps")}
     return {
         "polls": note["started"] - note["created"],
-        "flower": arrived["flower"] - note["started"],
-        "torch": arrived["torch"] - arrived["flower"],
+        "flower": loaded - note["started"],
+        "torch": arrived["torch"] - loaded,
         "timm": arrived["timm"] - arrived["torch"],
         "app": arrived["app"] - arrived["timm"],
         **inside,

@@ -1,20 +1,16 @@
-"""The app's own client, which writes down when it reached what: one JSON object per message."""
+"""Stands at the head of the app's own client: notes when libraries had arrived, and what each message took where."""
 
+import json
+import os
 import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
-ARRIVED = {"flower": time.time()}
+import torch  # noqa: F401 - what comes before is measured
 
-import json  # noqa: E402 - what comes before is measured
-import os  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from functools import wraps  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
-
-import psutil  # noqa: E402
-import torch  # noqa: E402, F401
-
-ARRIVED["torch"] = time.time()
+ARRIVED = {"torch": time.time()}
 
 import task.libraries  # noqa: E402, F401
 
@@ -23,22 +19,23 @@ ARRIVED["timm"] = time.time()
 from flwr.app import Context, Message  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 
-from client_app import app as own  # noqa: E402
-from client_app import worker  # noqa: E402
-
-ARRIVED["app"] = time.time()
 NOTES_VARIABLE = "PETALWISE_BENCH"
 """Names the folder in which the objects are written."""
 TAKEN: dict[str, float] = {}
 
 
+def note(values: dict[str, Any]) -> None:
+    """Write down a JSON object."""
+    with Path(os.environ[NOTES_VARIABLE], f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
 def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that the seconds it takes are added up, and its first start is noted."""
+    """Wrap a function so that the seconds it takes are added up."""
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
         began = time.time()
-        ARRIVED.setdefault(what, began)
         found = function(*arguments, **options)
         TAKEN[what] = TAKEN.get(what, 0.0) + time.time() - began
         return found
@@ -47,35 +44,32 @@ def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class TimedClient(ClientApp):
-    """Hands every message to the app's client."""
+    """Hands every message to the app's client, and notes what it took."""
+
+    def __init__(self, own: ClientApp) -> None:
+        super().__init__()
+        self._own = own
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer as the app does."""
         TAKEN.clear()
-        began = time.time()
-        reply = own.app(message, context)
-        note = {
-            "kind": message.metadata.message_type,
-            "round": message.metadata.group_id,
-            "created": message.metadata.created_at,
-            "started": psutil.Process().create_time(),
-            "arrived": ARRIVED,
-            "began": began,
-            "ended": time.time(),
-            "taken": TAKEN,
-            "failed": reply.has_error(),
-        }
-        with Path(os.environ[NOTES_VARIABLE], f"{os.getpid()}.jsonl").open("a") as file:
-            file.write(json.dumps(note) + "\n")
+        reply = self._own(message, context)
+        note({"id": message.metadata.message_id, "arrived": ARRIVED, "taken": TAKEN})
         return reply
 
 
-for place, name, what in (
-    (worker, "build_model", "model"),
-    (worker, "load_split", "data"),
-    (worker, "partition_indices", "data"),
-    (worker, "decode", "data"),
-    (own, "train", "steps"),
-):
-    setattr(place, name, timed(what, getattr(place, name)))
-client = TimedClient()
+def timed_app(app: ClientApp) -> ClientApp:
+    """Take the time of the app's own parts; everything that it needs has been imported."""
+    from client_app import app as own
+    from client_app import worker
+
+    for place, name, what in (
+        (worker, "build_model", "model"),
+        (worker, "load_split", "data"),
+        (worker, "partition_indices", "data"),
+        (worker, "decode", "data"),
+        (own, "train", "steps"),
+    ):
+        setattr(place, name, timed(what, getattr(place, name)))
+    ARRIVED["app"] = time.time()
+    return TimedClient(app)
