@@ -118,11 +118,13 @@ def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
     settings = typed(RunSettings, OmegaConf.to_container(composed))  # plain, as ``+key=value`` may add unknown keys
     kind = _named("strategy", settings.strategy, STRATEGIES)
     strategy = typed(kind.Config, settings.strategy, "strategy.")
-    schedule = typed(_named("schedule", settings.schedule, SCHEDULES).Config, settings.schedule, "schedule.")
+    moves = _named("schedule", settings.schedule, SCHEDULES)
+    schedule = typed(moves.Config, settings.schedule, "schedule.")
     if kind.freezes_a and not settings.lora.freeze_a:
         raise ConfigError(f"strategy={choice} needs lora.freeze_a=true: without it A would be trained and averaged.")
     if kind.plans_exchanges and (schedule.name, settings.calibration.name) != ("every_round", "none"):
         raise ConfigError(f"strategy={choice} has models of its own for every client: no schedule or calibration goes.")
+    moves.check_merge(settings.lora.merge, kind.merges_products)
     if settings.record_updates and schedule.name != "every_round":
         raise ConfigError(
             f"record_updates=true needs schedule=every_round, not {schedule.name}: records are of all units."

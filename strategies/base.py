@@ -59,6 +59,8 @@ class LayerwiseStrategy(Strategy):
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
     lora_merges: ClassVar[tuple[str, ...]] = ("factors", "product_svd")
     """The values of ``lora.merge`` that the strategy can follow."""
+    merges_products: ClassVar[bool] = False
+    """Whether it merges products B A of its own accord, whose factors are then new in every round."""
     plans_exchanges: ClassVar[bool] = False
     """Whether the strategy itself says which units travel, so that no schedule and no calibration goes with it."""
     only_sums: ClassVar[bool] = False
@@ -332,6 +334,7 @@ class LayerwiseStrategy(Strategy):
                 f"{type(self).__name__} merges adapters in its own way: lora.merge={self.context.lora_merge!r} is not "
                 f"one of: {', '.join(self.lora_merges)}."
             )
+        self.schedule.check_merge(self.context.lora_merge, self.merges_products)
         self.num_rounds = num_rounds
         self.run = self.context.run or uuid.uuid4().hex
         self.schedule.begin(self.codec.layout, num_rounds, self.context.seed)

@@ -32,7 +32,8 @@ class FedLuarConfig(ScheduleConfig):
 class FedLuar(Schedule):
     """Recycle last round's global update of some units instead of uploading them.
 
-    Clients keep nothing and receive all units; only the way up is shorter. The first round uploads all.
+    Clients keep nothing and receive all units; only the way up is shorter. The first round uploads all. What is
+    repeated is the change of A and of B, so that no merge may give them another basis in between.
 
     References
     ----------
@@ -41,6 +42,22 @@ class FedLuar(Schedule):
 
     Config: ClassVar[type[ScheduleConfig]] = FedLuarConfig
     config: FedLuarConfig
+
+    @classmethod
+    def check_merge(cls, lora_merge: str, merges_products: bool) -> None:
+        """Refuse merges of products: their SVD gives other factors in every round, and the difference is no update.
+
+        Raises
+        ------
+        ConfigError
+            If products are merged.
+        """
+        if merges_products or lora_merge == "product_svd":
+            which = "a strategy that merges products of its own accord" if merges_products else "lora.merge=product_svd"
+            raise ConfigError(
+                f"schedule=fedluar repeats the last change of A and B: it does not go with {which}, whose SVD gives "
+                "them another basis in every round."
+            )
 
     def begin(self, layout: Layout, num_rounds: int, seed: int) -> None:
         """Start without anything to recycle.

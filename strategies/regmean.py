@@ -48,6 +48,7 @@ class RegMean(LayerwiseStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = RegMeanConfig
     lora_merges: ClassVar[tuple[str, ...]] = ("factors",)
+    merges_products: ClassVar[bool] = True
     config: RegMeanConfig
 
     def request(self) -> SignalRequest:

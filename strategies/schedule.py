@@ -39,6 +39,18 @@ class Schedule:
         self.num_rounds = 0
         self.seed = 0
 
+    @classmethod
+    def check_merge(cls, lora_merge: str, merges_products: bool) -> None:
+        """Refuse a way of merging adapters that the schedule does not go with, by a ConfigError; all do by default.
+
+        Parameters
+        ----------
+        lora_merge : str
+            The run's ``lora.merge``.
+        merges_products : bool
+            Whether the strategy merges products B A of its own accord.
+        """
+
     def begin(self, layout: Layout, num_rounds: int, seed: int) -> None:
         """Prepare for a run over a layout's units."""
         self.layout, self.num_rounds, self.seed = layout, num_rounds, seed

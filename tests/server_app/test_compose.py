@@ -215,6 +215,10 @@ REFUSALS = {
     "train=null": "overrides='train=null' cannot be used: ",
     "train.lr=0.1,0.2": "Ambiguous value for argument 'train.lr=0.1,0.2' 1. To use it as a list, use key=[value1",
     "train.lr=${lr}": "train.lr: Interpolation key 'lr' not found.",
+    "schedule=fedluar lora.merge=product_svd": "schedule=fedluar repeats the last change of A and B: it does not go "
+    "with lora.merge=product_svd, whose SVD gives them another basis in every round.",
+    "schedule=fedluar strategy=regmean": "schedule=fedluar repeats the last change of A and B: it does not go with a "
+    "strategy that merges products of its own accord, whose SVD ",
 }
 
 

@@ -39,6 +39,14 @@ def test_a_recycled_unit_repeats_its_last_change():
             assert np.allclose(models[k][part], repeated, rtol=1e-4, atol=1e-4) == (unit in recycled)
 
 
+@pytest.mark.parametrize(("strategy", "lora_merge"), [("fedavg", "product_svd"), ("regmean", "factors")])
+def test_factors_that_are_new_in_every_round_are_refused(strategy, lora_merge):
+    """The difference of two bases that an SVD found is no update; repeated, it diverges."""
+    made = make_strategy(strategy, lora_merge=lora_merge, schedule=FedLuar(FedLuarConfig(recycled=1)))
+    with pytest.raises(ConfigError, match="repeats the last change of A and B: it does not go with"):
+        made.start(ShufflingGrid(app_of(Script(values=by_unit)), NAMES), initial_arrays(), num_rounds=2)
+
+
 def test_only_the_way_up_is_shorter():
     _, reports = run(recycled=1)
     for report in reports:
