@@ -8,6 +8,7 @@ from torch import Tensor
 
 from strategies.arithmetic import sample_weights, weighted_sum
 from strategies.keeping import KeepingStrategy
+from strategies.merging import same_for_all_layers
 from strategies.options import StrategyConfig
 from strategies.replies import Update
 from task.exchange import Exchange
@@ -30,6 +31,7 @@ class FedPer(KeepingStrategy):
     """
 
     Config: ClassVar[type[StrategyConfig]] = FedPerConfig
+    lora_merges: ClassVar[tuple[str, ...]] = ("factors", "product_svd")
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -47,17 +49,21 @@ class FedPer(KeepingStrategy):
         return Exchange(down=self.shared if start else None, start=start)
 
     def merge(self, server_round: int, updates: Sequence[Update]) -> Tensor:
-        """Average the shared units by numbers of examples."""
-        weights = sample_weights([update.num_examples for update in updates])
+        """Average the shared units by numbers of examples, their adapters as ``lora.merge`` says."""
+        vectors, weights = [u.flat for u in updates], sample_weights([u.num_examples for u in updates])
         merged = self.flat.clone()
         for unit in self.shared:
             part = self.codec.layout.slices[unit]
-            merged[part] = weighted_sum([update.flat[part] for update in updates], weights)
+            merged[part] = weighted_sum([vector[part] for vector in vectors], weights)
+        if self.context.lora_merge != "factors":
+            self.merge_adapters(merged, vectors, same_for_all_layers(weights, self.codec.layout))
         return merged
 
 
 class LocalOnly(FedPer):
     """Every client trains alone, from the common initial model: what federation is to be better than."""
+
+    lora_merges: ClassVar[tuple[str, ...]] = ("factors",)
 
     @property
     def shared(self) -> tuple[str, ...]:

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
+from strategies.merging import merge_products, same_for_all_layers
+from task.errors import ConfigError
 from task.messages import NOT_KEPT
 from tests.strategies.pfedla.test_strategy import INITIAL, drifting, run, starts
 from tests.strategies.scripted import LAYOUT
@@ -22,6 +25,25 @@ def test_the_head_stays_with_its_client_and_the_rest_is_averaged():
         np.testing.assert_allclose(starts(script)[name, 3][: HEAD.start], mean[: HEAD.start], rtol=1e-4, atol=1e-5)
     assert "head" not in reports[2].bytes_up_by_unit
     assert "head" not in reports[2].bytes_down_by_unit
+
+
+@pytest.mark.parametrize("name", ["fedper", "fedrep"])
+def test_the_shared_adapter_is_merged_by_its_products_where_asked(name):
+    flat, _, reports, script = run(name=name, lora_merge="product_svd")
+    left = [torch.tensor(drifting(client, 3, starts(script)[client, 3]).astype(np.float32)) for client in NAMES]
+    expected = torch.tensor(INITIAL)
+    residual = merge_products(expected, left, same_for_all_layers([0.1, 0.2, 0.3, 0.4], LAYOUT), LAYOUT)
+    np.testing.assert_array_equal(flat, expected.numpy())
+    assert reports[3].details["product_residual"] == [round(value, 6) for value in residual.tolist()]
+    for client in NAMES:
+        own = drifting(client, 2, starts(script)[client, 2]).astype(np.float32)
+        np.testing.assert_array_equal(starts(script)[client, 3][HEAD], own[HEAD])
+
+
+@pytest.mark.parametrize("name", ["local", "pfedla"])
+def test_where_no_adapter_is_averaged_by_one_weight_a_merge_of_products_is_refused(name):
+    with pytest.raises(ConfigError, match="merges adapters in its own way"):
+        run(name=name, lora_merge="product_svd")
 
 
 def test_alone_nothing_travels_and_every_client_goes_on_from_its_own():
