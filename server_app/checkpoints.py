@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -178,7 +178,7 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     """Turn a nested state into one of JSON, its tensors going into ``tensors`` under numbers."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()  # a file takes no tensors that share memory
+        tensors[name] = _apart(value, tensors.values())
         return {_TENSOR: name}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value) or _TENSOR in value:
@@ -189,6 +189,13 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"A state may hold tensors, numbers, strings, lists and dicts, not {type(value).__name__}.")
+
+
+def _apart(tensor: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Return a tensor that shares memory with no other, as a file wants it: a copy only where it does not yet."""
+    plain = tensor.detach().cpu().contiguous()
+    memory, taken = plain.untyped_storage(), {other.untyped_storage().data_ptr() for other in others}
+    return plain if memory.nbytes() == plain.nbytes and memory.data_ptr() not in taken else plain.clone()
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -175,7 +175,10 @@ class LayerwiseStrategy(Strategy):
             self.report.details["product_residual"] = [round(value, 6) for value in residual.tolist()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state as one dict of tensors, numbers, strings, lists and dicts."""
+        """Return all state as one dict of tensors, numbers, strings, lists and dicts.
+
+        Tensors may be the strategy's own, which the next round overwrites: whoever keeps them beyond it copies them.
+        """
         return {
             "flat": self.flat.clone(),
             "server_round": self.server_round,

@@ -77,7 +77,7 @@ class PFedLa(KeepingStrategy):
 
     def personal_models(self) -> dict[str, Tensor]:
         """Return every client's personal model."""
-        return {client: next(self.models_for([client])) for client in self.clients}
+        return dict(zip(self.clients, self.models_for(self.clients), strict=True))
 
     def exchange(self, server_round: int, client: str) -> Exchange:
         """Leave out the retained units on the way down, once the client has any of its own."""
@@ -123,12 +123,12 @@ class PFedLa(KeepingStrategy):
         return self.store.mean()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state, the store, the hypernetworks, and who is where."""
+        """Return the base's state, the store, the hypernetworks, and who is where; large tensors are not copied."""
         return super().state_dict() | {
             "clients": list(self.clients),
-            "initial": self.store.initial.clone(),
-            "store": {unit: rows.clone() for unit, rows in self.store.units.items()},
-            "hypernetworks": {name: value.clone() for name, value in self.bank.parameters.items()},
+            "initial": self.store.initial,
+            "store": dict(self.store.units),
+            "hypernetworks": dict(self.bank.parameters),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from server_app.checkpoints import Checkpoint, Checkpoints, read_checkpoint, versions
+from server_app.checkpoints import Checkpoint, Checkpoints, _without_tensors, read_checkpoint, versions
 from task.errors import StateError
 
 STATE = {
@@ -71,6 +71,20 @@ def test_any_nested_state_comes_back(tmp_path_factory, value):
 def test_a_state_that_json_does_not_have_is_a_mistake_of_the_strategy(tmp_path, value):
     with pytest.raises(TypeError, match="A state"):
         Checkpoints(tmp_path).save(replace(CHECKPOINT, state={"value": value}))
+
+
+def test_tensors_that_share_memory_come_back_each_as_it_was(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    state = {"row": whole[1], "whole": whole, "again": whole, "turned": whole.T, "wide": whole[0].expand(2, 4)}
+    Checkpoints(tmp_path).save(replace(CHECKPOINT, state=state))
+    assert equal(Checkpoints(tmp_path).latest().state, state)
+
+
+def test_a_tensor_that_has_its_memory_alone_is_not_copied():
+    tensors, store = {}, [torch.ones(3, 4), torch.zeros(5), torch.empty(0)]
+    _without_tensors({"store": store, "part": store[0][:2]}, tensors)
+    assert [tensors[str(number)].data_ptr() == one.data_ptr() for number, one in enumerate(store)] == [True] * 3
+    assert tensors["3"].untyped_storage().nbytes() == 8 * 4
 
 
 def test_the_last_two_are_kept(tmp_path):

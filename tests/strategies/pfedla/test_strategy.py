@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from server_app.saving import save_personal
 from task.wire import WireConfig
 from tests.strategies.scripted import (
     LAYOUT,
@@ -161,6 +163,31 @@ def test_a_state_goes_on_where_it_was():
     for name in NAMES:
         assert torch.equal(*(next(iter(one.models_for([name]))) for one in (other, strategy)))
         assert other.exchange(4, name) == strategy.exchange(4, name)
+
+
+def test_a_state_has_the_large_tensors_themselves():
+    """A checkpoint is to cost no second store."""
+    _, strategy, _, _ = run()
+    state = strategy.state_dict()
+    assert all(state["store"][unit] is rows for unit, rows in strategy.store.units.items())
+    assert all(state["hypernetworks"][name] is value for name, value in strategy.bank.parameters.items())
+
+
+def test_personal_models_are_those_that_are_sent_and_the_store_is_read_once_for_many(tmp_path, monkeypatch):
+    clients = [str(i) for i in range(20)]
+    _, strategy, _, _ = run(clients=clients)
+    passes, mixed = [], strategy.store.mixed
+    monkeypatch.setattr(strategy.store, "mixed", lambda alpha: passes.append(len(alpha)) or mixed(alpha))
+    models = strategy.personal_models()
+    assert passes == [16, 4]
+    for client, sent in zip(clients, strategy.models_for(clients), strict=True):
+        assert torch.equal(models[client], sent)
+    (tmp_path / "README.md").touch()
+    save_personal(tmp_path, models)
+    saved = load_file(tmp_path / "personal.safetensors")
+    assert {client: saved[f"client.{client}"].tolist() for client in clients} == {
+        client: model.tolist() for client, model in models.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
