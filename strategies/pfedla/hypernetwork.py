@@ -78,6 +78,8 @@ class HypernetworkBank:
     def step(self, clients: Sequence[int], gain: Tensor) -> None:
         """Take one gradient step up sum_{l,j} alpha_i[l,j] G_i[l,j], for every client i apart.
 
+        One after another, in place: all parameters and gradients of a cohort at once would be larger than the store.
+
         Parameters
         ----------
         clients : Sequence[int]
@@ -85,13 +87,15 @@ class HypernetworkBank:
         gain : Tensor, float32, [len(clients), units, clients]
             G_i[l,j] = <theta_j^l, Delta_i^l>, held constant; 0 where a unit gives no gradient.
         """
-        chosen = torch.tensor(clients, dtype=torch.int64)
-        own = {name: value[chosen].requires_grad_() for name, value in self.parameters.items()}
-        objective = (self._forward(own, chosen) * gain).sum()
-        gradients = torch.autograd.grad(objective, list(own.values()))
-        with torch.no_grad():
-            for value, mine, gradient in zip(self.parameters.values(), own.values(), gradients, strict=True):
-                value.index_copy_(0, chosen, mine.add_(gradient, alpha=self.learning_rate))
+        for client, wanted in zip(clients, gain, strict=True):
+            own = {
+                name: value[client : client + 1].detach().requires_grad_() for name, value in self.parameters.items()
+            }
+            objective = (self._forward(own, torch.tensor([client])) * wanted).sum()
+            gradients = torch.autograd.grad(objective, list(own.values()))
+            with torch.no_grad():
+                for mine, gradient in zip(own.values(), gradients, strict=True):
+                    mine.add_(gradient, alpha=self.learning_rate)
 
     def _forward(self, own: dict[str, Tensor], clients: Tensor) -> Tensor:
         hidden = own["embedding"]

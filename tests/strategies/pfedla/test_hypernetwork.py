@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from strategies.pfedla import HypernetworkBank
 from strategies.pfedla.hypernetwork import relu_sum
@@ -85,6 +87,36 @@ def test_the_order_of_clients_changes_nothing():
     other.step([3, 0, 1], gain[[2, 0, 1]])
     for name, value in one.parameters.items():
         torch.testing.assert_close(value, other.parameters[name], rtol=0, atol=0)
+
+
+def test_a_step_does_not_depend_on_who_else_steps():
+    together, alone, gain = bank(), bank(), torch.randn(3, 3, 4)
+    together.step([0, 1, 3], gain)
+    for row, client in enumerate([0, 1, 3]):
+        alone.step([client], gain[row : row + 1])
+    for name, value in together.parameters.items():
+        assert torch.equal(value, alone.parameters[name])
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the sizes of all tensors that operations return in memory of their own."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known, self.seen = {value.untyped_storage().data_ptr() for value in known}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        new = [one for one in tree_leaves(found) if isinstance(one, torch.Tensor)]
+        self.seen += [one.nbytes for one in new if one.untyped_storage().data_ptr() not in self.known]
+        return found
+
+
+def test_a_step_of_many_clients_makes_no_tensor_larger_than_one_client_has():
+    many = bank(clients=40)
+    with Sizes(many.parameters.values()) as sizes:
+        many.step(range(20), torch.randn(20, 3, 40))
+    assert 0 < max(sizes.seen) == many.parameters["output.weight"][0].nbytes
 
 
 def test_draws_follow_the_seed_and_the_client():
