@@ -1,8 +1,8 @@
 """What one server can hold: pFedLA's step and the aggregation of many ViT-B adapters, as ratios taken in one run.
 
-Run: ``python -m benchmarks.scale`` (``--json FILE``, ``--only NAME``). Each case is a process of its own, so that its
-peak memory is its own. No network and no clients: what is measured is the server's arithmetic on updates that are
-there.
+Run: ``python -m benchmarks.scale`` (``--json FILE``, ``--only NAME``), which prints a Markdown table. Each case is a
+process of its own, so that its peak memory is its own. No network and no clients: what is measured is the server's
+arithmetic on updates that are there.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ from task.units import Layout, make_layout
 
 WIDTHS = {"vit_b": 768, "vit_ti": 192}
 REPEATS = 3
+SPREAD, DELTA = 0.05, 1e-3
+"""Deviations of a client's values and of what a round changes: steps as in training, no weights run to one or NaN."""
 APP = Path(__file__).resolve().parents[1]
 
 
@@ -65,20 +68,23 @@ def seconds(action: Callable[[], object]) -> list[float]:
 
 
 def pfedla_step(model: str, rank: int, clients: int, selected: int) -> dict[str, float]:
-    """Merge a round's updates, step the hypernetworks, and aggregate every selected client's next model."""
-    layout = adapter_layout(model, rank)
-    strategy = PFedLa(PFedLaConfig(name="pfedla"), TaskContext(layout=layout))
-    strategy.clients = [str(number) for number in range(clients)]
-    strategy.codec = _Codec(layout)  # type: ignore[assignment]
-    strategy.report = RoundReport(1)
-    strategy._prepare(torch.randn(layout.size))
-    chosen = strategy.clients[:selected]
-    updates = [Update(name, torch.randn(layout.size), 1, MetricRecord(), ConfigRecord()) for name in chosen]
-    store = 4 * layout.size * clients
+    """Weigh and merge a round's updates, step the hypernetworks, and aggregate every selected client's next model."""
+    strategy = prepared(adapter_layout(model, rank), clients)
+    chosen, sent = strategy.clients[:selected], strategy.store.initial  # which all clients have before round 1
+    changed = [sent + DELTA * torch.randn(len(sent)) for _ in chosen]
+    updates = [
+        Update(name, flat, 1, MetricRecord(), ConfigRecord()) for name, flat in zip(chosen, changed, strict=True)
+    ]
+
+    def merge() -> None:
+        strategy._known.clear()  # once in a round the hypernetworks are evaluated: when models are sent, or here
+        strategy.merge(1, updates)
+
+    store = 4 * len(sent) * clients
     before = peak_bytes(reset=True)
-    merging = seconds(lambda: strategy.merge(1, updates))
+    merging = seconds(merge)
     merged = peak_bytes() - before
-    sending = seconds(lambda: [model.sum() for model in strategy.models_for(chosen)])
+    sending = seconds(lambda: [flat.sum() for flat in strategy.models_for(chosen)])
     return {
         "merge_seconds": statistics.median(merging),
         "models_seconds": statistics.median(sending),
@@ -86,7 +92,18 @@ def pfedla_step(model: str, rank: int, clients: int, selected: int) -> dict[str,
         "hypernetworks_gb": 4e-9 * sum(value.numel() for value in strategy.bank.parameters.values()),
         "extra_memory_by_store": merged / store,
         "extra_memory_with_models_by_store": (peak_bytes() - before) / store,
+        "largest_weight": max(float(strategy.bank.weights([number]).max()) for number in range(selected)),
     }
+
+
+def prepared(layout: Layout, clients: int) -> PFedLa:
+    """Make the strategy with its store and hypernetworks, as it is once its clients are there."""
+    strategy = PFedLa(PFedLaConfig(name="pfedla"), TaskContext(layout=layout))
+    strategy.clients = [str(number) for number in range(clients)]
+    strategy.codec = _Codec(layout)  # type: ignore[assignment]
+    strategy.report = RoundReport(1)
+    strategy._prepare(SPREAD * torch.randn(layout.size))
+    return strategy
 
 
 class _Codec:
@@ -97,19 +114,24 @@ class _Codec:
 
 
 def aggregation(model: str, rank: int, clients: int) -> dict[str, float]:
-    """Average adapters, against reading them once: the same bytes summed by torch in the same process."""
+    """Average adapters, against reading them once, and against a copy of as many bytes, in the same process."""
     size = adapter_layout(model, rank).size
     vectors = [torch.randn(size) for _ in range(clients)]
     weights = sample_weights(list(range(1, clients + 1)))
     merging = seconds(lambda: weighted_sum(vectors, weights))
     reading = seconds(lambda: [vector.sum() for vector in vectors])
+    copies = [torch.empty(size) for _ in vectors]  # as many, so that none stays in the processor's cache
+    copying = seconds(lambda: [copy.copy_(vector) for copy, vector in zip(copies, vectors, strict=True)])
     gigabytes = 4e-9 * size * clients
+    copied = 2 * gigabytes / statistics.median(copying)
     return {
         "seconds": statistics.median(merging),
         "reading_gb_per_second": gigabytes / statistics.median(reading),
         "by_reading_once": statistics.median(merging) / statistics.median(reading),
         "by_reading_once_min": min(merging) / max(reading),
         "by_reading_once_max": max(merging) / min(reading),
+        "copying_gb_per_second": copied,
+        "by_copying": statistics.median(merging) * copied / gigabytes,
     }
 
 
@@ -130,6 +152,91 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
     "svd_merge_10_vit_b_r16": lambda: svd_merge("vit_b", 16, 10),
     "svd_merge_100_vit_b_r16": lambda: svd_merge("vit_b", 16, 100),
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    case: str
+    """Of :data:`CASES`."""
+    key: str
+    """Which of its figures."""
+    text: str
+    """What it is, for people; may hold other figures of the case in braces."""
+    unit: str = ""
+    """Of the figure."""
+    aim: float | None = None
+    """What it is to be at most, if anything."""
+
+
+ROWS = (
+    Row(
+        "pfedla_vit_b_r16_100_of_100",
+        "merge_seconds",
+        "pFedLA, ViT-B, 100 clients, all selected: weights, merge and hypernetworks' step",
+        " s",
+        2.0,
+    ),
+    Row(
+        "pfedla_vit_b_r16_100_of_100",
+        "extra_memory_by_store",
+        "its extra memory, as a share of the store ({store_gb:.2f} GB)",
+        aim=0.25,
+    ),
+    Row("pfedla_vit_b_r16_100_of_100", "models_seconds", "aggregating the 100 next models on top, 16 at a time", " s"),
+    Row(
+        "pfedla_vit_ti_r8_50_of_1000",
+        "merge_seconds",
+        "pFedLA, ViT-Ti, 1,000 clients, 50 selected: weights, merge and step",
+        " s",
+    ),
+    Row(
+        "pfedla_vit_ti_r8_50_of_1000",
+        "extra_memory_by_store",
+        "its extra memory, as a share of the store ({store_gb:.2f} GB); hypernetworks take {hypernetworks_gb:.1f} GB",
+        aim=0.25,
+    ),
+    Row(
+        "aggregation_100_vit_b_r16",
+        "by_reading_once",
+        "FedAvg of 100 ViT-B adapters, by the time of reading them once ({reading_gb_per_second:.0f} GB/s); from "
+        "{by_reading_once_min:.2f} to {by_reading_once_max:.2f}",
+        aim=1.5,
+    ),
+    Row(
+        "aggregation_100_vit_b_r16",
+        "by_copying",
+        "the same, by the time that `copy_` takes to move as many bytes ({copying_gb_per_second:.0f} GB/s, read and "
+        "written)",
+        aim=1.5,
+    ),
+    Row("svd_merge_10_vit_b_r16", "seconds", "`lora.merge=product_svd` of 10 ViT-B adapters", " s"),
+    Row("svd_merge_100_vit_b_r16", "seconds", "the same of 100", " s"),
+)
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Write the figures of the cases that were run as a Markdown table, with the aims and whether they are met.
+
+    Parameters
+    ----------
+    found : Mapping[str, Mapping[str, float]]
+        Figures by case.
+
+    Returns
+    -------
+    str
+        The table.
+    """
+    lines = ["| case | measured | aim |", "|---|---|---|"]
+    for row in ROWS:
+        if row.case in found:
+            figures = found[row.case]
+            value = figures[row.key]
+            verdict = "" if row.aim is None else f"{row.aim:g}{row.unit}: {'met' if value <= row.aim else 'missed'}"
+            lines.append(f"| {row.text.format(**figures)} | {value:.2f}{row.unit} | {verdict} |")
+    return "\n".join(lines)
 
 
 def in_own_process(name: str) -> dict[str, float]:
@@ -153,9 +260,7 @@ def main() -> None:
     found = {}
     for name in [arguments.only] if arguments.only else CASES:
         found[name] = in_own_process(name)
-        print(f"{name} ({torch.get_num_threads()} threads)")
-        for key, value in found[name].items():
-            print(f"    {key:36} {value:8.3f}")
+    print(f"{torch.get_num_threads()} threads, medians of {REPEATS}\n\n{table(found)}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
