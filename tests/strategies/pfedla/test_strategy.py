@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from server_app.saving import save_personal
+from strategies.pfedla import HypernetworkBank
 from task.wire import WireConfig
 from tests.strategies.scripted import (
     LAYOUT,
@@ -84,9 +85,15 @@ def test_the_step_climbs_what_training_gained():
 
 
 def test_order_changes_no_bit():
-    expected, _, _, _ = run(shuffle=None)
+    expected, strategy, _, _ = run(shuffle=None)
+    personal = strategy.personal_models()
+    assert not torch.equal(personal["0"], personal["1"])
     for shuffle in range(3):
-        np.testing.assert_array_equal(run(shuffle=shuffle)[0], expected)
+        flat, other, _, _ = run(shuffle=shuffle)
+        np.testing.assert_array_equal(flat, expected)
+        found = other.personal_models()
+        assert found.keys() == personal.keys()
+        assert all(torch.equal(found[client], personal[client]) for client in personal)
 
 
 def test_an_absent_clients_model_stays_and_counts():
@@ -112,8 +119,17 @@ def test_a_client_that_joins_late_starts_from_a_mixture_with_the_initial_model()
     grid = GrowingGrid(scripted_app(script), [*NAMES, "9"])
     strategy.start(grid, initial_arrays(), num_rounds=4)
     assert strategy.clients == [*NAMES, "9"]
-    assert min(number for name, number in starts(script) if name == "9") in (2, 3)
-    assert np.isfinite(stored(strategy, "9")).all()
+    heard = starts(script)
+    first = min(number for name, number in heard if name == "9")
+    assert first in (2, 3)
+    left = [drifting(name, first - 1, heard[name, first - 1]).astype(np.float32) for name in NAMES]
+    rows, alpha = np.stack([*left, INITIAL]), HypernetworkBank(5, 3).weights([4])[0].numpy()
+    expected = np.concatenate(
+        [weights @ rows[:, part] for weights, part in zip(alpha, LAYOUT.slices.values(), strict=True)]
+    )
+    np.testing.assert_allclose(heard["9", first], expected, rtol=1e-5, atol=1e-6)
+    last = drifting("9", 4, heard["9", 4]).astype(np.float32)
+    np.testing.assert_array_equal(stored(strategy, "9"), last)
 
 
 def test_all_units_retained_is_training_alone():
