@@ -21,6 +21,8 @@ PARTS = {
     "other": "everything else",
 }
 """What a round's seconds go into, in order."""
+MOST_TICKS = 12
+"""Of so many rounds each is marked."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def _lines(runs: Sequence[Run], series: dict[Run, list[tuple[float, float]]], x:
             across, up = zip(*series[run], strict=True)
             name = label(run.name) if len(runs) > 1 else ""
             figure.add_trace(go.Scatter(x=across, y=up, name=name, **line_of(number)))
+    if x == "round" and max(number for points in series.values() for number, _ in points) <= MOST_TICKS:
+        figure.update_xaxes(dtick=1)  # plotly would mark half rounds
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_layout(showlegend=len(runs) > 1, hovermode="closest")
     return figure

@@ -78,6 +78,13 @@ def test_runs_that_are_compared_are_named(folders):
     assert figures["mean-seconds"]["data"][0]["y"] == names
 
 
+def test_half_rounds_are_not_marked(folders, written):
+    [few] = read_runs([folders["livar"]])
+    [many] = read_runs([written(*({"central": {"accuracy": 0.5}} for _ in range(40)))])
+    assert embedded(render([few]), "figures")["central-by-round"]["layout"]["xaxis"]["dtick"] == 1
+    assert "dtick" not in embedded(render([many, few]), "figures")["central-by-round"]["layout"]["xaxis"]
+
+
 def test_weights_are_those_of_the_record(folders):
     [run] = read_runs([folders["livar"]])
     page = render([run])
