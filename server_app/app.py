@@ -1,16 +1,15 @@
 """The Flower ServerApp: composes the config, picks the strategy, runs the rounds, keeps the run folder."""
 
 import os
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from logging import ERROR, INFO, WARNING
+from logging import ERROR, INFO, WARNING, LogRecord
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, Message
-from flwr.common.logger import log
+from flwr.common.logger import FLOWER_LOGGER, log
 from flwr.serverapp import Grid, ServerApp
 
 from server_app.central import central_evaluation
@@ -44,15 +43,23 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation; an error ends the run as failed, with its sentence in the log.
 
-    What Flower logs of it comes without the lines of code that it went through, unless ``FLWR_LOG_LEVEL=DEBUG``.
+    Flower's own line about it then comes without the sentence and the lines of code that it went through, unless
+    ``FLWR_LOG_LEVEL=DEBUG``.
     """
     try:
         run_federation(grid, compose_run(context.run_config), str(context.run_config.get("resume", "")))
     except PetalwiseError as error:
         log(ERROR, "The run stops: %s", error)
         if os.environ.get("FLWR_LOG_LEVEL", "").upper() != "DEBUG":
-            sys.tracebacklimit = 0
+            FLOWER_LOGGER.addFilter(_once)
         raise type(error)(str(error)) from None
+
+
+def _once(record: LogRecord) -> bool:
+    """Let a line of the log pass, without the error under it if that is one whose sentence has been told."""
+    if record.exc_info and isinstance(record.exc_info[1], PetalwiseError):
+        record.exc_info = None
+    return True
 
 
 def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:

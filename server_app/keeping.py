@@ -35,7 +35,8 @@ class RoundKeeping:
 
     def __post_init__(self) -> None:
         """Bring the progress line to where the run is."""
-        self.progress = Progress(self.run.settings.num_server_rounds)
+        evaluate = self.strategy.config.evaluate_clients != "off"
+        self.progress = Progress(self.run.settings.num_server_rounds, evaluate)
         self._config = config_digest(container(self.run.yaml))
         self._versions = versions()
         for report in self.reports:

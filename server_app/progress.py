@@ -13,6 +13,8 @@ class Progress:
 
     num_rounds: int
     """Number of server rounds."""
+    clients_evaluate: bool = False
+    """Whether clients evaluate, in some rounds at least: then every line has a place for it."""
     _accuracy: float | None = field(default=None)
     _seconds: list[float] = field(default_factory=list)
 
@@ -30,9 +32,9 @@ class Progress:
             Round, accuracies, loss, clients, traffic, seconds, ETA.
         """
         parts = [f"round {report.server_round:>{len(str(self.num_rounds))}}/{self.num_rounds}", self._central(report)]
-        if report.clients_accuracy_mean is not None:
-            parts.append(f"clients' accuracy {100 * report.clients_accuracy_mean:5.1f} %")
         if report.server_round:
+            if self.clients_evaluate:
+                parts.append(f"clients' accuracy {_share(report.clients_accuracy_mean, complete=report.complete)}")
             loss = "      -" if report.train_loss is None else f"{report.train_loss:7.4f}"
             refused = f", {len(report.clients_refused)} refused" if report.clients_refused else ""
             parts += [f"train loss {loss}", f"clients {len(report.clients_used)}/{report.cohort}{refused}"]
@@ -41,12 +43,11 @@ class Progress:
         return "  ".join(parts).rstrip()
 
     def _central(self, report: RoundReport) -> str:
-        accuracy = report.central.get("accuracy")
-        if accuracy is None:
-            return f"accuracy {'-':>5}{'':11}"
-        change = "        " if self._accuracy is None else f"({100 * (accuracy - self._accuracy):+5.1f}) "
-        self._accuracy = accuracy
-        return f"accuracy {100 * accuracy:5.1f} % {change}"
+        accuracy, before, change = report.central.get("accuracy"), self._accuracy, ""
+        if accuracy is not None:
+            change = "" if before is None else f"({100 * (accuracy - before):+5.1f})"
+            self._accuracy = accuracy
+        return f"accuracy {_share(accuracy, complete=report.complete or before is None)} {change:8}"
 
     def _eta(self, report: RoundReport) -> str:
         """Estimate the time left from the mean of the last three rounds."""
@@ -54,6 +55,13 @@ class Progress:
         recent = self._seconds[-3:]
         left = round((self.num_rounds - report.server_round) * sum(recent) / len(recent))
         return f"{left // 60}:{left % 60:02d}"
+
+
+def _share(accuracy: float | None, *, complete: bool) -> str:
+    """Write an accuracy, or why there is none: inside a window the model is not complete."""
+    if accuracy is None:
+        return f"{'-':>5}  " if complete else f"{'window':>7}"
+    return f"{100 * accuracy:5.1f} %"
 
 
 def closing(reports: Sequence[RoundReport], folder: Path) -> str:

@@ -123,6 +123,7 @@ class RoundLoop:
         seconds["steps"] = round(min(max(0.0, steps), seconds["train"]), 4)
         with self._timed("aggregate"):
             arrays, metrics = strategy.aggregate_train(server_round, replies)
+        strategy.report.complete = strategy.schedule.complete
         if arrays is not None and metrics is not None:
             result.arrays, result.train_metrics_clientapp[server_round] = arrays, metrics
 

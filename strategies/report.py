@@ -21,6 +21,9 @@ class RoundReport:
     """Server round, from 0."""
     merged: bool = False
     """Whether enough good replies came for the model to change."""
+    complete: bool = True
+    """Whether every unit of the model is as new as the round that changed it last; inside a window of FedLAMA, where
+    nobody evaluates the model, not."""
     central: dict[str, float] = field(default_factory=dict)
     """Accuracy in [0, 1] and loss on the server's own test images; empty where not evaluated."""
     clients_accuracy: dict[str, float] = field(default_factory=dict)

@@ -80,4 +80,5 @@ def test_a_run_that_fails_says_why(superlink, tmp_path, pairs, reasons):
     outcome = run(superlink, tmp_path, *pairs)
     assert outcome.status == "finished:failed"
     assert 'File "' not in outcome.log
+    assert "task.errors." not in outcome.log
     assert all(reason in outcome.summary for reason in reasons), outcome.summary

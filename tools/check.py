@@ -39,7 +39,8 @@ def check_run(
     clients : int
         Number of simulated clients.
     runs_dir : Path, default Path("runs")
-        Where a run to go on with lies, unless the run config gives a ``runs-dir`` or its absolute path.
+        Where the run folder is made, unless the run config gives a ``runs-dir``; a run to go on with lies there too,
+        unless its absolute path is given.
     data, backbones : Path | None, default None
         The folders that the simulated nodes will be told; by default those of this process's environment.
 
@@ -47,7 +48,8 @@ def check_run(
     ------
     PetalwiseError
         On a key that the app does not declare, a value that is not TOML, any mistake in the composed config, fewer
-        clients than the strategy waits for, a folder that is not there, or a run that cannot be gone on with so.
+        clients than the strategy waits for, a folder that is not there or not writable, or a run that cannot be gone
+        on with so.
     """
     if app.resolve() != APP:
         return
@@ -56,6 +58,8 @@ def check_run(
     if resume := str(values.get("resume", "")):
         run = check_past(str(_found(resume, Path(run.settings.runs_dir))), run)
         check_clients(run.strategy, clients)
+    else:
+        _check_writable(Path(run.settings.runs_dir).expanduser())
     dataset, backbone = run.settings.dataset, run.settings.backbone
     in_folder = dataset.source in ("parquet", "folder")
     folder = _checked_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
@@ -96,6 +100,14 @@ def _found(resume: str, runs_dir: Path) -> Path:
     if not (found / "config.yaml").is_file():
         raise ConfigError(f"resume={resume!r}: {found} is no run folder; give its absolute path, or --runs-dir.")
     return found
+
+
+def _check_writable(runs_dir: Path) -> None:
+    """Refuse a folder for runs in which none can be made, as far as its rights tell."""
+    nearest = next(path for path in (runs_dir, *runs_dir.parents) if os.path.exists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "is not writable for this user" if nearest.is_dir() else "is no folder"
+        raise ConfigError(f"runs_dir={str(runs_dir)!r} cannot be written: {nearest} {what}.")
 
 
 def _checked_folder(option: str, given: Path | None, variable: str, needed_by: str) -> Path:

@@ -29,6 +29,7 @@ from tools.sweep.multirun import multirun
 UNCHECKED = {
     r"(cd|export|source) ": "changes the reader's shell",
     r"rm ": "removes what the reader has made",
+    r"(mkdir -p|cp) ": "prepares the reader's folders",
     r"(useradd|install -d|python3 -m venv|apt-get) ": "prepares an operator's host, as root",
     r"(tensorboard --logdir|mlflow ui|wandb sync)\b": "a program of another project",
 }

@@ -1,6 +1,7 @@
 """Every command of README.md and docs/ is one that its program takes, with a config that composes."""
 
 import re
+import tomllib
 
 import pytest
 from _pytest.outcomes import Failed
@@ -49,6 +50,18 @@ def test_what_is_not_checked_is_there():
     assert {
         pattern for pattern in UNCHECKED if not any(re.match(pattern, command.text) for command in COMMANDS)
     } == set()
+
+
+def test_the_trial_speaks_of_one_superlink_and_of_ports_of_their_own():
+    of_trial = [command for command in COMMANDS if command.environment.get("FLWR_HOME", "").startswith("runs/trial/")]
+    told = [dict(zip(command.words, command.words[1:], strict=False)) for command in of_trial]
+    [superlink], nodes = ([one for one in told if flag in one] for flag in ("--host", "--superlink"))
+    address = f"{superlink['--host']}:{superlink['--port']}"
+    connection = tomllib.loads((REPOSITORY / "deploy/trial.toml").read_text("utf-8"))["superlink"]["trial"]
+    assert connection == {"address": address, "insecure": True}
+    assert [node["--superlink"] for node in nodes] == [address] * 2
+    assert len({one["--port"] for one in (superlink, *nodes)}) == 3
+    assert len({command.environment["FLWR_HOME"] for command in of_trial if "flwr" not in command.words}) == 3
 
 
 @pytest.mark.parametrize(

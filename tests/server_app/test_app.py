@@ -1,19 +1,23 @@
 """Whole runs in one process: the real ServerApp code and the real ClientApp."""
 
+import io
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import yaml
+from flwr.app import Context, RecordDict
+from flwr.common.logger import FLOWER_LOGGER
 from PIL import Image
 from safetensors.torch import load_file
 
 from client_app.app import app as client_app
-from server_app.app import run_federation
+from server_app.app import main, run_federation
 from server_app.compose import compose_run
 from server_app.saving import open_adapter
 from task.data.sources import DATA_VARIABLE
-from task.errors import TooFewClientsError
+from task.errors import ConfigError, TooFewClientsError
 from tools.debug import InProcessGrid, simulated_nodes
 
 TINY = [
@@ -33,6 +37,22 @@ def run(tmp_path, overrides, grid=None):
 
 def reports(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("level", "told"), [("", [True, False]), ("debug", [True, True])])
+def test_the_sentence_of_an_error_stands_in_the_log_once(monkeypatch, level, told):
+    monkeypatch.setenv("FLWR_LOG_LEVEL", level)
+    monkeypatch.setattr(FLOWER_LOGGER, "filters", [])
+    written, handler = io.StringIO(), logging.StreamHandler()
+    handler.setStream(written)
+    monkeypatch.setattr(FLOWER_LOGGER, "handlers", [handler])
+    context = Context(0, 0, {}, RecordDict(), {"strategy": "nope"})
+    with pytest.raises(ConfigError, match="strategy='nope' is not one of: ") as caught:
+        main(InProcessGrid(client_app, []), context)
+    FLOWER_LOGGER.error("Simulation raised an exception", exc_info=caught.value)
+    ours, flowers = written.getvalue().split("Simulation raised an exception")
+    assert [str(caught.value) in part for part in (ours, flowers)] == told
+    assert ('File "' in flowers) is told[1]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def test_round_0_tells_the_accuracy_alone():
 
 
 def test_a_round_tells_everything():
-    progress = Progress(20)
+    progress = Progress(20, clients_evaluate=True)
     progress.line(report(0, 0.1))
     line = progress.line(
         report(
@@ -49,15 +49,31 @@ def test_the_change_is_to_the_last_known_accuracy():
 
 
 def test_lines_are_aligned_whether_or_not_a_round_was_evaluated_or_merged():
-    progress = Progress(10)
+    progress = Progress(10, clients_evaluate=True)
     lines = [
-        progress.line(report(1, 0.05, train_loss=2.0)),
-        progress.line(report(2, 0.15, train_loss=2.0)),
+        progress.line(report(1, 0.05, train_loss=2.0, clients_accuracy_mean=0.1)),
+        progress.line(report(2, 0.15, train_loss=2.0, clients_accuracy_mean=1.0)),
         progress.line(report(3, 1.0)),
+        progress.line(report(4, complete=False)),
         progress.line(report(10)),
     ]
-    for label in ("accuracy", "train loss", "clients"):
+    for label in ("accuracy", "clients' accuracy", "train loss", "clients 0"):
         assert len({line.index(label) for line in lines}) == 1, label
+
+
+def test_a_round_inside_a_window_says_that_this_is_why_it_has_no_accuracy():
+    progress = Progress(4, clients_evaluate=True)
+    progress.line(report(0, 0.1))
+    line = progress.line(report(1, complete=False))
+    assert line.startswith("round 1/4  accuracy  window           clients' accuracy  window  train loss")
+    assert "accuracy  40.0 % (+30.0)" in progress.line(report(2, 0.4))
+
+
+def test_a_server_without_images_has_no_accuracy_in_any_round():
+    progress = Progress(4)
+    progress.line(report(0))
+    for complete in (True, False):
+        assert "accuracy     - " in progress.line(report(1, complete=complete))
 
 
 @pytest.mark.parametrize(

@@ -299,11 +299,18 @@ def test_a_window_that_fails_in_the_middle_leaves_a_model_that_is_not_complete()
     def values(client, server_round, received):
         return by_unit(client, server_round, received) * (np.nan if server_round == 4 else 1)
 
-    evaluated = []
+    evaluated, reports = [], []
     strategy = make_strategy("fedavg", schedule=fedlama(factor=4))
     grid = ShufflingGrid(scripted_app(Script(values=values)), NAMES)
-    strategy.start(grid, initial_arrays(), num_rounds=9, evaluate_fn=lambda number, arrays: evaluated.append(number))
+    strategy.start(
+        grid,
+        initial_arrays(),
+        num_rounds=9,
+        evaluate_fn=lambda number, arrays: evaluated.append(number),
+        on_round=reports.append,
+    )
     assert evaluated == [0, 8, 9]
+    assert [report.server_round for report in reports if report.complete] == evaluated
 
 
 def test_a_discrepancy_that_is_not_finite_lets_no_unit_wait():

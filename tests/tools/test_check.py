@@ -60,6 +60,17 @@ def test_data_and_backbones_in_folders_need_to_be_there(tmp_path, monkeypatch):
         check_run(APP, ['backbone="dinov2_small_file"'], clients=2)
 
 
+def test_a_folder_for_runs_has_to_be_writable(tmp_path, monkeypatch):
+    check_run(APP, [], clients=2, runs_dir=tmp_path / "new" / "runs")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"runs_dir='.*/file/runs' cannot be written: .*/file is no folder\."):
+        check_run(APP, [], clients=2, runs_dir=tmp_path / "file" / "runs")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"runs_dir='/elsewhere' cannot be written: / is not writable for this user"):
+        check_run(APP, ['runs-dir="/elsewhere"'], clients=2)
+
+
 def test_a_folder_of_images_needs_the_splits_that_the_config_names(tmp_path):
     (tmp_path / "rose").mkdir()
     images = ['dataset="image_folder"']

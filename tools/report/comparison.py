@@ -1,6 +1,6 @@
 """Plots that runs share: accuracy by rounds and by traffic, clients' accuracy, time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,6 +21,8 @@ PARTS = {
     "other": "everything else",
 }
 """What a round's seconds go into, in order."""
+MOST_TICKS = 12
+"""Of so many rounds each is marked."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +88,15 @@ def _accuracy(runs: Sequence[Run], measure: Measure) -> list[Plot | Missing]:
         return [Missing(f"{measure.title}, by round", "No run has recorded any.")]
     by_round = {run: [(float(number), value) for number, value in points] for run, points in series.items()}
     by_bytes = {run: _by_traffic(run, points) for run, points in series.items()}
-    table = Table(
-        ["run", "round", "traffic, MB", "accuracy"],
-        [
-            [run.name, str(number), f"{sent / 1e6:.2f}", percent(value)]
-            for run, points in series.items()
-            for (number, value), (sent, _) in zip(points, by_bytes[run], strict=True)
-        ],
-    )
-    told = " ".join(_course(run, points) for run, points in series.items())
+    rows = [
+        [run.name, str(number), f"{sent / 1e6:.2f}", percent(value)]
+        for run, points in series.items()
+        for (number, value), (sent, _) in zip(points, by_bytes[run], strict=True)
+    ]
+    table = _of_runs(runs, Table(["run", "round", "traffic, MB", "accuracy"], rows))
+    told = _told(runs, {run.name: _course(points) for run, points in series.items()})
     megabytes = {run: [(sent / 1e6, value) for sent, value in points] for run, points in by_bytes.items()}
-    spent = " ".join(f"{run.name}: {points[-1][0]:.1f} MB in all." for run, points in megabytes.items())
+    spent = _told(runs, {run.name: f"{points[-1][0]:.1f} MB in all." for run, points in megabytes.items()})
     return [
         Plot(f"{measure.key}-by-round", f"{measure.title}, by round", told, _lines(runs, by_round, "round"), table),
         Plot(
@@ -115,13 +115,23 @@ def _by_traffic(run: Run, points: Points) -> list[tuple[float, float]]:
     return [(max((sent for r, sent in sums.items() if r <= number), default=0.0), value) for number, value in points]
 
 
-def _course(run: Run, points: Points) -> str:
+def _told(runs: Sequence[Run], sentences: Mapping[str, str]) -> str:
+    """Join sentences, each led by the name of what it is of; of one run alone that needs no name."""
+    if len(runs) == len(sentences) == 1:
+        return "".join(sentences.values())
+    return " ".join(f"{name}: {sentence}" for name, sentence in sentences.items())
+
+
+def _of_runs(runs: Sequence[Run], table: Table) -> Table:
+    """Leave out a table's first column, the names of runs, where there is one run alone."""
+    return table if len(runs) > 1 else Table(table.columns[1:], [row[1:] for row in table.rows])
+
+
+def _course(points: Points) -> str:
     (first, start), (last, end) = points[0], points[-1]
     best = max(points, key=lambda point: point[1])
-    return (
-        f"{run.name}: {percent(start)} in round {first}, {percent(end)} in round {last}, "
-        f"best {percent(best[1])} in round {best[0]}."
-    )
+    ends = f"{percent(start)} in round {first}, {percent(end)} in round {last}"
+    return f"{ends}, best {percent(best[1])} in round {best[0]}."
 
 
 def _lines(runs: Sequence[Run], series: dict[Run, list[tuple[float, float]]], x: str) -> go.Figure:
@@ -129,7 +139,10 @@ def _lines(runs: Sequence[Run], series: dict[Run, list[tuple[float, float]]], x:
     for number, run in enumerate(runs):
         if run in series:
             across, up = zip(*series[run], strict=True)
-            figure.add_trace(go.Scatter(x=across, y=up, name=label(run.name), **line_of(number)))
+            name = label(run.name) if len(runs) > 1 else ""
+            figure.add_trace(go.Scatter(x=across, y=up, name=name, **line_of(number)))
+    if x == "round" and max(number for points in series.values() for number, _ in points) <= MOST_TICKS:
+        figure.update_xaxes(dtick=1)  # plotly would mark half rounds
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_layout(showlegend=len(runs) > 1, hovermode="closest")
     return figure
@@ -143,14 +156,9 @@ def client_accuracies(runs: Sequence[Run]) -> Plot | Missing:
         return Missing(title, "No clients have evaluated (strategy.evaluate_clients).")
     named = {client for report in found.values() for client in report.clients_accuracy}
     clients = sorted(named, key=identity_order)
-    columns = {run.name: report.clients_accuracy for run, report in found.items()}
-    columns |= {f"{run.name}, tuned": r.tuned_accuracy for run, r in found.items() if r.tuned_accuracy}
-    figure = new_figure("client", "accuracy")
-    for name, accuracy in columns.items():
-        number, tuned = next(
-            (n, name != run.name) for n, run in enumerate(runs) if name in (run.name, f"{run.name}, tuned")
-        )
-        symbol = f"{SYMBOLS[number % len(SYMBOLS)]}{'-open' if tuned else ''}"
+    figure, columns = new_figure("client", "accuracy"), _evaluations(runs, found)
+    for name, (number, shape, accuracy) in columns.items():
+        symbol = f"{SYMBOLS[number % len(SYMBOLS)]}{shape}"
         marker = {"symbol": symbol, "size": 9, "color": PALETTE[number % len(PALETTE)]}
         up = [accuracy.get(client) for client in clients]
         figure.add_trace(
@@ -159,15 +167,28 @@ def client_accuracies(runs: Sequence[Run]) -> Plot | Missing:
     figure.update_xaxes(type="category")
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     figure.update_layout(showlegend=len(columns) > 1)
-    rows = [[client, *(percent(a[client]) if client in a else "-" for a in columns.values())] for client in clients]
-    told = " ".join(_spread(name, accuracy) for name, accuracy in columns.items())
+    measured = {name: accuracy for name, (_, _, accuracy) in columns.items()}
+    rows = [[client, *(percent(a[client]) if client in a else "-" for a in measured.values())] for client in clients]
+    told = _told(runs, {name: _spread(accuracy) for name, accuracy in measured.items()})
     return Plot("client-accuracies", title, told, figure, Table(["client", *columns], rows))
 
 
-def _spread(name: str, accuracy: dict[str, float]) -> str:
+def _evaluations(runs: Sequence[Run], found: Mapping[Run, RoundReport]) -> dict[str, tuple[int, str, dict[str, float]]]:
+    """Name what clients measured: the run's number, the form of its symbol, and the accuracies."""
+    numbers = {run: number for number, run in enumerate(runs)}
+    received, tuned = {}, {}
+    for run, report in found.items():
+        names = (run.name, f"{run.name}, tuned") if len(runs) > 1 else ("As received", "After tuning")
+        received[names[0]] = (numbers[run], "", report.clients_accuracy)
+        if report.tuned_accuracy:
+            tuned[names[1]] = (numbers[run], "-open", report.tuned_accuracy)
+    return received | tuned
+
+
+def _spread(accuracy: dict[str, float]) -> str:
     worst, best = min(accuracy, key=accuracy.__getitem__), max(accuracy, key=accuracy.__getitem__)
     return (
-        f"{name}: worst {percent(accuracy[worst])} (client {worst}), best {percent(accuracy[best])} (client {best}), "
+        f"worst {percent(accuracy[worst])} (client {worst}), best {percent(accuracy[best])} (client {best}), "
         f"mean {percent(sum(accuracy.values()) / len(accuracy))}."
     )
 
@@ -179,13 +200,12 @@ def mean_seconds(runs: Sequence[Run]) -> Plot | Missing:
     if not means:
         return Missing(title, "No run has recorded any.")
     figure = new_figure("seconds", "", 200 + 34 * len(means))
-    stack_parts(figure, [label(run.name) for run in means], list(means.values()), "h")
+    places = [label(run.name) if len(runs) > 1 else "" for run in means]
+    stack_parts(figure, places, list(means.values()), "h")
     figure.update_yaxes(type="category", autorange="reversed")
-    table = Table(
-        ["run", *PARTS.values()],
-        [[run.name, *(f"{mean.get(part, 0.0):.2f} s" for part in PARTS)] for run, mean in means.items()],
-    )
-    told = " ".join(f"{run.name}: {sum(mean.values()):.1f} s a round." for run, mean in means.items())
+    rows = [[run.name, *(f"{mean.get(part, 0.0):.2f} s" for part in PARTS)] for run, mean in means.items()]
+    table = _of_runs(runs, Table(["run", *PARTS.values()], rows))
+    told = _told(runs, {run.name: f"{sum(mean.values()):.1f} s a round." for run, mean in means.items()})
     return Plot("mean-seconds", title, told, figure, table)
 
 
@@ -221,7 +241,7 @@ def overview(runs: Sequence[Run]) -> Table:
         rows.append(
             [run.name, *ends, _method(run), rounds, str(len(run.clients)), f"{sent / 1e6:.1f} MB", f"{time:.0f} s"]
         )
-    return Table(columns, rows)
+    return _of_runs(runs, Table(columns, rows))
 
 
 def _method(run: Run) -> str:

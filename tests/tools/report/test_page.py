@@ -57,6 +57,34 @@ def test_the_page_refers_to_nothing_outside(folders):
     assert "default-src 'none'" in page
 
 
+def test_a_page_of_one_run_names_it_once(folders):
+    page = render(read_runs([folders["pfedla"]]))
+    shown = re.sub(r"<title>.*?</title>|<pre.*?</pre>|<script.*?</script>", "", page, flags=re.DOTALL)
+    assert shown.count(folders["pfedla"].name) == 1
+    assert folders["pfedla"].name not in json.dumps(embedded(page, "figures"))
+    assert [trace["name"] for trace in embedded(page, "figures")["client-accuracies"]["data"]] == [
+        "As received",
+        "After tuning",
+    ]
+    assert '<th scope="col">run</th>' not in page
+
+
+def test_runs_that_are_compared_are_named(folders):
+    runs = read_runs([folders["livar"], folders["pfedla"]])
+    figures = embedded(render(runs), "figures")
+    names = [run.name for run in runs]
+    assert [trace["name"] for trace in figures["central-by-round"]["data"]] == names
+    assert [trace["name"] for trace in figures["client-accuracies"]["data"]] == [*names, f"{names[1]}, tuned"]
+    assert figures["mean-seconds"]["data"][0]["y"] == names
+
+
+def test_half_rounds_are_not_marked(folders, written):
+    [few] = read_runs([folders["livar"]])
+    [many] = read_runs([written(*({"central": {"accuracy": 0.5}} for _ in range(40)))])
+    assert embedded(render([few]), "figures")["central-by-round"]["layout"]["xaxis"]["dtick"] == 1
+    assert "dtick" not in embedded(render([many, few]), "figures")["central-by-round"]["layout"]["xaxis"]
+
+
 def test_weights_are_those_of_the_record(folders):
     [run] = read_runs([folders["livar"]])
     page = render([run])
