@@ -72,6 +72,35 @@ class _Part:
     not_finite: int
 
 
+def check_signals(runs: Sequence[Run]) -> None:
+    """Refuse signals that can explain nothing, before anything is learned.
+
+    Parameters
+    ----------
+    runs : Sequence[Run]
+        Runs with their records.
+
+    Raises
+    ------
+    ConfigError
+        If a score is constant in a record, or too few records have finite signals.
+    """
+    records = [record for run in runs for record in run.records]
+    for record in records:
+        finite = _finite(record)
+        for signal in (POOLED[name] for name in TABLE_FEATURES):
+            if len(record.signals[signal][finite].unique()) == 1:
+                raise ConfigError(
+                    f"The signal {signal} is constant in {record.label}: it cannot explain anything; leave that run "
+                    "out, or record it anew with A and B trained (lora.freeze_a=false)."
+                )
+    if (usable := sum(bool(_finite(record).any()) for record in records)) < MIN_RECORDS:
+        raise ConfigError(
+            f"{usable} of {len(records)} records have finite signals and {MIN_RECORDS} are needed: record more rounds "
+            "or runs (num_server_rounds, seed), at a lower train.lr where training diverges."
+        )
+
+
 def make_rows(runs: Sequence[Run], targets: Mapping[str, Tensor], table: MergeTable) -> Rows:
     """Join signals and targets.
 
@@ -87,19 +116,17 @@ def make_rows(runs: Sequence[Run], targets: Mapping[str, Tensor], table: MergeTa
     Returns
     -------
     Rows
-        Ordered by run, record, client and layer.
+        Ordered by run, record, client and layer; of signals that :func:`check_signals` lets through.
 
     Raises
     ------
     ConfigError
-        If the target or a score is constant, or too few records have finite signals.
+        If the target is constant.
     """
     federations = list(dict.fromkeys(run.federation for run in runs))
     federation_of = [federations.index(run.federation) for run in runs for _ in run.records]
     parts = [_part(run, record, targets[record.digest], table) for run in runs for record in run.records]
     sizes = [len(part.target) for part in parts]
-    if (usable := sum(size > 0 for size in sizes)) < MIN_RECORDS:
-        raise ConfigError(f"{usable} of {len(parts)} records have finite signals and {MIN_RECORDS} are needed.")
     features, target = (np.concatenate([getattr(part, name) for part in parts]) for name in ("features", "target"))
     if target.std() < NO_SPREAD:
         raise ConfigError("The target is constant: all learned weights are uniform, so there is nothing to explain.")
@@ -142,14 +169,7 @@ def pool_positions(signal: Tensor, finite: Tensor) -> NDArray[np.float64]:
 
 def _part(run: Run, record: Record, weights: Tensor, table: MergeTable) -> _Part:
     """Make the rows of a record, clients first."""
-    signals = record.signals
-    finite = torch.isfinite(signals["label-entropy"])
-    for signal in POOLED.values():
-        finite = finite & torch.isfinite(signals[signal])
-    for name in TABLE_FEATURES:
-        pool = signals[POOLED[name]][finite]
-        if len(pool) and bool((pool == pool[0]).all()):
-            raise ConfigError(f"The signal {POOLED[name]} is constant in {record.label}: it cannot explain anything.")
+    signals, finite = record.signals, _finite(record)
     chosen = finite.numpy()
     columns = [pool_positions(signals[signal], finite) for signal in POOLED.values()]
     columns += [np.broadcast_to(values, chosen.shape)[chosen] for values in _broad_features(run, record)]
@@ -165,6 +185,14 @@ def _part(run: Run, record: Record, weights: Tensor, table: MergeTable) -> _Part
         origins=[origin for origin, kept in zip(origins, chosen.ravel(), strict=True) if kept],
         not_finite=int((~chosen).sum()),
     )
+
+
+def _finite(record: Record) -> Tensor:
+    """Tell which clients and layers of a record have all signals finite, bool [clients, layers]."""
+    finite = torch.isfinite(record.signals["label-entropy"])
+    for signal in POOLED.values():
+        finite = finite & torch.isfinite(record.signals[signal])
+    return finite
 
 
 def _broad_features(run: Run, record: Record) -> list[NDArray[np.float64]]:

@@ -8,7 +8,7 @@ from strategies.livar import PUBLISHED_TABLE, lora_merge_weights
 from task.errors import ConfigError
 from tests.tools.explain.recorded import record_run
 from tools.explain.records import read_runs
-from tools.explain.rows import make_rows, pool_positions
+from tools.explain.rows import check_signals, make_rows, pool_positions
 
 LAYERS = [f"blocks.{depth}.{kind}" for depth in (0, 1) for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
@@ -90,15 +90,21 @@ def test_rows_whose_signals_are_not_finite_are_left_out(tmp_path):
 
 def test_too_few_records_with_finite_signals_are_refused(tmp_path):
     folder = record_run(tmp_path, edit=lambda r, name, s: s * torch.nan if name == "score-a" and r == 2 else s)
-    with pytest.raises(ConfigError, match="1 of 2 records have finite signals and 2 are needed"):
-        rows_of(folder)
+    told = "1 of 2 records have finite signals and 2 are needed: record more rounds or runs .*, at a lower train.lr"
+    with pytest.raises(ConfigError, match=told):
+        check_signals(read_runs([folder]))
 
 
 @pytest.mark.parametrize("signal", ["score-a", "score-b"])
 def test_a_constant_score_is_named(tmp_path, signal):
     folder = record_run(tmp_path, edit=lambda r, name, s: torch.ones_like(s) if name == signal and r == 2 else s)
-    with pytest.raises(ConfigError, match=f"The signal {signal} is constant in {folder.name} round 2"):
-        rows_of(folder)
+    told = f"The signal {signal} is constant in {folder.name} round 2: .*; leave that run out, or record it anew"
+    with pytest.raises(ConfigError, match=told):
+        check_signals(read_runs([folder]))
+
+
+def test_signals_that_vary_are_fine(tmp_path):
+    check_signals(read_runs([record_run(tmp_path)]))
 
 
 def test_a_constant_target_is_refused(tmp_path):
