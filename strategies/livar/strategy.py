@@ -193,7 +193,7 @@ class Livar(LayerwiseStrategy):
             log(WARNING, "Round %d: client %s: update scores that are not finite do not count.", number, ", ".join(bad))
         if refused := {update.client: count for update in updates if (count := _refused_scores(update))}:
             self.report.details["refused_scores"] = refused
-            log(WARNING, "Round %d: gradients or moves that are not finite counted as 0: %s.", number, refused)
+            log(WARNING, "Round %d: products of gradient and move overflowed and counted as 0: %s.", number, refused)
         if (
             len(updates) > 1
             and bool(finite.any())

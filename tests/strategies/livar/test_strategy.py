@@ -191,7 +191,7 @@ def test_dot_products_that_counted_as_zero_are_told_by_client(logged):
     found = run({"refused-scores": {"0": [3.0], "1": [0.0], "2": [np.nan], "3": [-1.0]}})
     assert found.reports[1].details["refused_scores"] == {"0": 3}
     assert found.reports[1].clients_used == NAMES
-    [line] = lines(logged, logging.WARNING, "Round 1: gradients or moves that are not finite counted as 0")
+    [line] = lines(logged, logging.WARNING, "Round 1: products of gradient and move overflowed and counted as 0")
     assert line.endswith("{'0': 3}.")
 
 
