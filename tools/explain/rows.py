@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from strategies.livar import MergeTable
-from strategies.livar.weights import score_bins
+from strategies.livar.weights import score_bins, scores_that_count
 from task.errors import ConfigError
 from task.units import lora_layers
 from tools.explain.records import MIN_RECORDS, Record, Run, layer_place
@@ -53,7 +53,7 @@ class Rows:
     origins: tuple[tuple[str, str, str], ...]
     """Record, client and layer of every row."""
     not_finite: int
-    """Number of rows left out as a signal is not finite."""
+    """Number of rows left out as a signal is not finite, or a score negative."""
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Values of a feature, [rows]."""
@@ -174,8 +174,8 @@ def _part(run: Run, record: Record, weights: Tensor, table: MergeTable) -> _Part
     columns = [pool_positions(signals[signal], finite) for signal in POOLED.values()]
     columns += [np.broadcast_to(values, chosen.shape)[chosen] for values in _broad_features(run, record)]
     score_a, score_b = signals["score-a"].double(), signals["score-b"].double()
-    both = torch.isfinite(score_a) & torch.isfinite(score_b)  # the pool of lora_merge_weights
-    bins = torch.stack([score_bins(score_b, both, table.quantiles_b), score_bins(score_a, both, table.quantiles_a)], -1)
+    pool = scores_that_count(score_a, score_b)  # as in lora_merge_weights
+    bins = torch.stack([score_bins(score_b, pool, table.quantiles_b), score_bins(score_a, pool, table.quantiles_a)], -1)
     names = [layer.name for layer in lora_layers(run.layout)]
     origins = [(record.label, client, name) for client in record.clients for name in names]
     return _Part(
@@ -188,9 +188,9 @@ def _part(run: Run, record: Record, weights: Tensor, table: MergeTable) -> _Part
 
 
 def _finite(record: Record) -> Tensor:
-    """Tell which clients and layers of a record have all signals finite, bool [clients, layers]."""
-    finite = torch.isfinite(record.signals["label-entropy"])
-    for signal in POOLED.values():
+    """Tell where a record's signals are all finite and no score is negative, bool [clients, layers]."""
+    finite = scores_that_count(record.signals["score-a"], record.signals["score-b"])
+    for signal in (*POOLED.values(), "label-entropy"):
         finite = finite & torch.isfinite(record.signals[signal])
     return finite
 

@@ -76,10 +76,11 @@ def test_bins_are_those_of_the_strategy(tmp_path):
         torch.testing.assert_close(u / u.sum(0), wanted)
 
 
-def test_rows_whose_signals_are_not_finite_are_left_out(tmp_path):
+@pytest.mark.parametrize(("spoiled", "value"), [("norm-product", torch.nan), ("score-b", -1.0)])
+def test_rows_whose_signals_do_not_count_are_left_out(tmp_path, spoiled, value):
     def spoil(server_round, name, signal):
-        unknown = torch.cat([signal[:-1], torch.tensor([torch.nan])])
-        return unknown if name == "norm-product" and server_round == 2 else signal
+        unknown = torch.cat([signal[:-1], torch.tensor([value])])
+        return unknown if name == spoiled and server_round == 2 else signal
 
     runs, _, rows = rows_of(record_run(tmp_path, clients=3, edit=spoil))
     assert rows.not_finite == 3
