@@ -189,9 +189,11 @@ class Livar(LayerwiseStrategy):
         if odd := [u.client for u, n in zip(updates, count, strict=True) if not bool(whole(n).all())]:
             reason = "class counts that are not whole numbers from 0 on do not count"
             log(WARNING, "Round %d: client %s: %s.", number, ", ".join(odd), reason)
-        if idle := [u.client for u, w in zip(updates, weights, strict=True) if not bool(w.any())]:
-            reason = "no class with two samples to take a variance of; it has no say in the head"
-            log(INFO, "Round %d: client %s: %s.", number, ", ".join(idle), reason)
+        each = zip(updates, count, variance, weights, strict=True)
+        silent = {u.client: _silence(n, v) for u, n, v, w in each if not bool(w.any())}
+        for reason in dict.fromkeys(silent.values()):
+            clients = ", ".join(client for client, why in silent.items() if why == reason)
+            log(INFO, "Round %d: client %s: %s; no say in the head.", number, clients, reason)
         if kept := int((rows == 0).sum()):
             log(INFO, "Round %d: no client covers %d of %d classes; their rows stay.", number, kept, len(rows))
 
@@ -211,6 +213,17 @@ class Livar(LayerwiseStrategy):
             and all(bool((s[counting] == s[counting][:1]).all()) for s in (score_a, score_b))
         ):
             log(INFO, "Round %d: all update scores that count are equal; their clients have equal say.", number)
+
+
+def _silence(count: Tensor, variance: Tensor) -> str:
+    """Say why no variance of a client counts, from its counts and variances, each [classes]."""
+    covered = whole(count) & (count >= 2)
+    if not bool(covered.any()):
+        return "no class with two samples to take a variance of"
+    known = variance[covered]
+    if bool((known == 0).all()):
+        return "all variances of classes with two samples are 0"
+    return "no variance of a class with two samples is positive and finite"
 
 
 def _refused_scores(update: Update) -> int:

@@ -231,6 +231,30 @@ def test_a_negative_variance_has_no_say():
     close(rows_of(found.flat), weighted_rows(weights))
 
 
+REASONS = {
+    "one sample": ([1, 0, 1], [0, 0, 0], "no class with two samples to take a variance of"),
+    "odd counts": ([2.5, -2, np.nan], [1, 1, 1], "no class with two samples to take a variance of"),
+    "no variance": ([5, 5, 1], [0, 0, 1], "all variances of classes with two samples are 0"),
+    "not finite": ([5, 5, 1], [np.nan, 0, 1], "no variance of a class with two samples is positive and finite"),
+    "negative": ([5, 0, 1], [-1, 0, 1], "no variance of a class with two samples is positive and finite"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_the_log_says_why_a_client_has_no_say_in_the_head(logged, case):
+    count, variance, reason = REASONS[case]
+    run({"class-count": {"2": count}, "class-variance": {"2": variance}})
+    found = lines(logged, logging.INFO, "Round 1: client")
+    assert found == [f"Round 1: client 2: {reason}; no say in the head."]
+
+
+def test_clients_of_one_reason_share_a_line(logged):
+    run({"class-count": {"0": [1, 1, 1], "3": [0, 0, 0]}, "class-variance": {"1": [0, 0, 0]}})
+    several, one = lines(logged, logging.INFO, "Round 1: client")
+    assert several.startswith("Round 1: client 0, 3: no class with two samples ")
+    assert one.startswith("Round 1: client 1: all variances ")
+
+
 @pytest.mark.parametrize("count", [np.nan, np.inf, -3.0, 2.5])
 def test_a_count_that_is_no_whole_number_has_no_say_in_its_class_and_its_client_is_named(logged, count):
     found = run({"class-count": {"1": [count, 5, 5]}})
