@@ -121,6 +121,7 @@ def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
     schedule = typed(_named("schedule", settings.schedule, SCHEDULES).Config, settings.schedule, "schedule.")
     if kind.freezes_a and not settings.lora.freeze_a:
         raise ConfigError(f"strategy={choice} needs lora.freeze_a=true: without it A would be trained and averaged.")
+    kind.check_lora_merge(settings.lora.merge)
     if kind.plans_exchanges and (schedule.name, settings.calibration.name) != ("every_round", "none"):
         raise ConfigError(f"strategy={choice} has models of its own for every client: no schedule or calibration goes.")
     if settings.record_updates and schedule.name != "every_round":

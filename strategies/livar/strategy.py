@@ -13,7 +13,7 @@ from torch import Tensor
 
 from strategies.arithmetic import sample_weights
 from strategies.base import LayerwiseStrategy
-from strategies.livar.table import read_table
+from strategies.livar.table import check_name, read_table
 from strategies.livar.weights import (
     class_merge_weights,
     lora_merge_weights,
@@ -54,6 +54,22 @@ class LivarConfig(StrategyConfig):
     evaluated: str = bounded("merged", choices=("merged", "products"))
     """The server evaluates the merged model, or the merged head on W0 + sum_m n_m/n B_m A_m."""
 
+    def __post_init__(self) -> None:
+        """Refuse a table of no such name, and signals that cannot be measured, by a ConfigError."""
+        check_name(self.table)
+        self.request()
+
+    def request(self) -> SignalRequest:
+        """Ask for what the options need, and no more."""
+        return SignalRequest(
+            class_variance=self.head == "variance",
+            update_scores=self.adapter == "table",
+            samples=self.variance_samples,
+            taken=self.variance_taken,
+            model=self.variance_model,
+            images=self.variance_images,
+        )
+
 
 class Livar(LayerwiseStrategy):
     """Layer Importance and VARiance-based merging.
@@ -74,20 +90,13 @@ class Livar(LayerwiseStrategy):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.table = read_table(self.config.table)
-        self._request = SignalRequest(
-            class_variance=self.config.head == "variance",
-            update_scores=self.config.adapter == "table",
-            samples=self.config.variance_samples,
-            taken=self.config.variance_taken,
-            model=self.config.variance_model,
-            images=self.config.variance_images,
-        )
+        self._request = self.config.request()
         self.score_sums: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
         self._noted: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def request(self) -> SignalRequest:
-        """Ask for what the options need, and no more."""
+        """Ask for what the options need."""
         return self._request
 
     def check(self, update: Update) -> None:
