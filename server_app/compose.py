@@ -124,6 +124,8 @@ def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
     kind.check_lora_merge(settings.lora.merge)
     if kind.plans_exchanges and (schedule.name, settings.calibration.name) != ("every_round", "none"):
         raise ConfigError(f"strategy={choice} has models of its own for every client: no schedule or calibration goes.")
+    if settings.record_updates and kind.plans_exchanges:
+        raise ConfigError(f"record_updates=true needs one model for all, which strategy={choice} has not.")
     if settings.record_updates and schedule.name != "every_round":
         raise ConfigError(
             f"record_updates=true needs schedule=every_round, not {schedule.name}: records are of all units."

@@ -230,6 +230,9 @@ COMBINATIONS = {
     "strategy=fisher lora.merge=product_svd": "Fisher merges adapters in its own way: lora.merge='product_svd' is not ",
     "strategy=regmean lora.merge=product_svd": "RegMean merges adapters in its own way: ",
     "strategy=pfedla lora.merge=product_svd": "PFedLa merges adapters in its own way: ",
+    "strategy=heur_pfedla record_updates=true": "record_updates=true needs one model for all, which strategy=heur_",
+    "strategy=local record_updates=true": "record_updates=true needs one model for all, which strategy=local has not.",
+    "schedule=fedlama record_updates=true": "record_updates=true needs schedule=every_round, not fedlama",
 }
 
 
