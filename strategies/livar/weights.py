@@ -76,6 +76,26 @@ def scores_that_count(score_a: Tensor, score_b: Tensor) -> Tensor:
     return torch.isfinite(score_a) & torch.isfinite(score_b) & (score_a >= 0) & (score_b >= 0)
 
 
+def score_bounds(score: Tensor, counting: Tensor, quantiles: list[float]) -> Tensor:
+    """Take the quantiles of the pool of scores, by linear interpolation: the paper's A25, A50, B60 and B80.
+
+    Parameters
+    ----------
+    score : Tensor, float64, [clients, layers]
+        Scores.
+    counting : Tensor, bool, [clients, layers]
+        Which of them are in the pool; at least one.
+    quantiles : list[float]
+        In (0, 1).
+
+    Returns
+    -------
+    Tensor, float64, [quantiles]
+        Bounds of the bins.
+    """
+    return torch.quantile(score[counting], torch.tensor(quantiles, dtype=score.dtype))
+
+
 def score_bins(score: Tensor, counting: Tensor, quantiles: list[float]) -> Tensor:
     """Index the bin of every score: 0 below the first bound, len(quantiles) above the last, ties to the middle.
 
@@ -95,7 +115,7 @@ def score_bins(score: Tensor, counting: Tensor, quantiles: list[float]) -> Tenso
     """
     if not counting.any() or not quantiles:
         return torch.zeros_like(score, dtype=torch.int64)
-    bounds = torch.quantile(score[counting], torch.tensor(quantiles, dtype=score.dtype))
+    bounds = score_bounds(score, counting, quantiles)
     middle = len(quantiles) / 2
     return torch.stack([score > b if i + 1 > middle else score >= b for i, b in enumerate(bounds)]).sum(0)
 

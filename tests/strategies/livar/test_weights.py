@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.livar import PUBLISHED_TABLE, MergeTable, class_merge_weights, lora_merge_weights, per_layer_scores
+from strategies.livar import (
+    PUBLISHED_TABLE,
+    MergeTable,
+    class_merge_weights,
+    lora_merge_weights,
+    per_layer_scores,
+    score_bounds,
+)
 
 SCORE_A = torch.tensor([[1, 20, 11, 4, 16, 9], [2, 19, 12, 24, 15, 10], [3, 18, 13, 23, 6, 21], [5, 17, 14, 22, 7, 8]])
 SCORE_B = torch.tensor([[24, 23, 15, 1, 16, 9], [2, 19, 12, 22, 5, 10], [3, 18, 13, 21, 6, 20], [4, 17, 14, 11, 7, 8]])
@@ -40,6 +47,15 @@ def by_hand(score_a, score_b, table):
         raw[place] = table.weights[row][column]
     heard = finite.any(0)
     return np.where(heard, raw / np.where(heard, raw.sum(0), 1.0), 1 / len(raw))
+
+
+@pytest.mark.parametrize(
+    ("score", "quantiles", "expected"),
+    [(SCORE_A, PUBLISHED_TABLE.quantiles_a, [6.75, 12.5]), (SCORE_B, PUBLISHED_TABLE.quantiles_b, [14.8, 19.4])],
+)
+def test_golden_case_of_the_bounds(score, quantiles, expected):
+    bounds = score_bounds(score.double(), torch.isfinite(score), quantiles)
+    torch.testing.assert_close(bounds, float64(expected), rtol=1e-12, atol=0)
 
 
 def test_golden_case_of_the_adapter():
