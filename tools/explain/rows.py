@@ -45,9 +45,9 @@ class Rows:
     target: NDArray[np.float64]
     """Learned weight times number of clients, [rows]; 1 is a uniform share."""
     groups: NDArray[np.int64]
-    """What is left out together to measure R2, [rows]: runs, or of a single run its rounds."""
+    """What is left out together to measure R2, [rows]: federations (:attr:`Run.federation`), or of one its rounds."""
     grouped_by: str
-    """``runs`` or ``rounds``."""
+    """``federations`` or ``rounds``."""
     bins: NDArray[np.int64]
     """Row and column of the merge table, [rows, 2]."""
     origins: tuple[tuple[str, str, str], ...]

@@ -58,7 +58,7 @@ def test_features_that_are_constant_are_left_out_by_name(tmp_path):
     assert set(mixed.column("clients")) == {3, 4}
 
 
-def test_rounds_are_left_out_of_one_run_and_runs_of_several(tmp_path):
+def test_rounds_are_left_out_of_one_federation_and_federations_of_several(tmp_path):
     first, second = record_run(tmp_path), record_run(tmp_path, seed=1)
     _, _, one = rows_of(first)
     assert one.grouped_by == "rounds"
