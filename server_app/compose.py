@@ -122,9 +122,12 @@ def check_composed(composed: DictConfig, choice: str) -> ComposedRun:
     schedule = typed(moves.Config, settings.schedule, "schedule.")
     if kind.freezes_a and not settings.lora.freeze_a:
         raise ConfigError(f"strategy={choice} needs lora.freeze_a=true: without it A would be trained and averaged.")
+    kind.check_lora_merge(settings.lora.merge)
     if kind.plans_exchanges and (schedule.name, settings.calibration.name) != ("every_round", "none"):
         raise ConfigError(f"strategy={choice} has models of its own for every client: no schedule or calibration goes.")
     moves.check_merge(settings.lora.merge, kind.merges_products)
+    if settings.record_updates and kind.plans_exchanges:
+        raise ConfigError(f"record_updates=true needs one model for all, which strategy={choice} has not.")
     if settings.record_updates and schedule.name != "every_round":
         raise ConfigError(
             f"record_updates=true needs schedule=every_round, not {schedule.name}: records are of all units."

@@ -96,6 +96,15 @@ class LayerwiseStrategy(Strategy):
         self.exchanges: dict[str, Exchange] = {}
         self.report = RoundReport(0)
 
+    @classmethod
+    def check_lora_merge(cls, lora_merge: str) -> None:
+        """Refuse a value of ``lora.merge`` that the strategy cannot follow, by a ConfigError."""
+        if lora_merge not in cls.lora_merges:
+            raise ConfigError(
+                f"{cls.__name__} merges adapters in its own way: lora.merge={lora_merge!r} is not one of: "
+                f"{', '.join(cls.lora_merges)}."
+            )
+
     # --- What a strategy decides ---------------------------------------------------------------------------
 
     @abstractmethod
@@ -332,11 +341,7 @@ class LayerwiseStrategy(Strategy):
         """
         self.codec = Codec(initial_arrays, self.context.layout, self.context.wire)
         self.flat = self.codec.initial.clone()
-        if self.context.lora_merge not in self.lora_merges:
-            raise ConfigError(
-                f"{type(self).__name__} merges adapters in its own way: lora.merge={self.context.lora_merge!r} is not "
-                f"one of: {', '.join(self.lora_merges)}."
-            )
+        self.check_lora_merge(self.context.lora_merge)
         self.schedule.check_merge(self.context.lora_merge, self.merges_products)
         self.num_rounds = num_rounds
         self.run = self.context.run or uuid.uuid4().hex

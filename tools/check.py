@@ -8,7 +8,9 @@ from typing import Any
 
 from server_app.compose import FIRST_CLASS_KEYS, ComposedRun, compose_run
 from server_app.resuming import check_past
-from strategies import StrategyConfig
+from strategies import LivarConfig, StrategyConfig
+from strategies.livar import read_table
+from strategies.livar.table import names_file
 from task.backbone import BACKBONES_VARIABLE
 from task.config import DatasetConfig
 from task.data.sources import DATA_VARIABLE
@@ -48,8 +50,8 @@ def check_run(
     ------
     PetalwiseError
         On a key that the app does not declare, a value that is not TOML, any mistake in the composed config, fewer
-        clients than the strategy waits for, a folder that is not there or not writable, or a run that cannot be gone
-        on with so.
+        clients than the strategy waits for, a folder or file that is not there, a folder that cannot be written, or a
+        run that cannot go on so.
     """
     if app.resolve() != APP:
         return
@@ -60,6 +62,7 @@ def check_run(
         check_clients(run.strategy, clients)
     else:
         _check_writable(Path(run.settings.runs_dir).expanduser())
+    _check_table(run.strategy)
     dataset, backbone = run.settings.dataset, run.settings.backbone
     in_folder = dataset.source in ("parquet", "folder")
     folder = _checked_folder("--data", data, DATA_VARIABLE, dataset.name if in_folder else "")
@@ -91,6 +94,15 @@ def check_clients(strategy: StrategyConfig, clients: int) -> None:
             f"{clients} client(s) would be started, but the strategy waits for {needed} (strategy.min_clients, "
             "strategy.min_available_clients)."
         )
+
+
+def _check_table(strategy: StrategyConfig) -> None:
+    """Refuse a merge table in a file that the server, which works in a folder of its own, will not be able to read."""
+    if not isinstance(strategy, LivarConfig) or not names_file(strategy.table):
+        return
+    if not Path(strategy.table).is_absolute():
+        raise ConfigError(f"strategy.table={strategy.table!r}: the server works in another folder; give a whole path.")
+    read_table(strategy.table)
 
 
 def _found(resume: str, runs_dir: Path) -> Path:

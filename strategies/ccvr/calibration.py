@@ -12,6 +12,9 @@ from task.config import bounded
 from task.signals import SignalRequest
 from task.units import Layout, head_specs
 
+MIN_CLASSES = 2
+"""Fewest classes with samples: over a single one the softmax is 1 whatever the head."""
+
 
 @dataclass
 class CalibrationConfig:
@@ -63,7 +66,7 @@ class Calibration:
 
     def calibrated(
         self, flat: Tensor, layout: Layout, moments: Sequence[dict[str, Tensor]], generator: torch.Generator
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Return the model with its head retrained.
 
         Parameters
@@ -79,17 +82,18 @@ class Calibration:
 
         Returns
         -------
-        Tensor, float32, [n]
-            A copy; the same values if no client has a sample of any class.
+        Tensor or None, float32, [n]
+            A copy, in which rows of classes that no client has a sample of stay; None if clients have samples of fewer
+            than two classes, since there is nothing to tell apart.
         """
         spread = "class-covariance" if self.config.covariance == "full" else "class-variances"
         count, mean = (torch.stack([client[key] for client in moments]) for key in ("class-count", "class-mean"))
         components = gaussians(count, mean, [client[spread] for client in moments], self.config.mixture)
-        result = flat.clone()
-        if components:
-            weight, bias = head_specs(layout)
-            views = layout.views(result)
-            retrain_head(views[weight.name], views[bias.name] if bias else None, components, self.config, generator)
+        if len({component.label for component in components}) < MIN_CLASSES:
+            return None
+        result, (weight, bias) = flat.clone(), head_specs(layout)
+        views = layout.views(result)
+        retrain_head(views[weight.name], views[bias.name] if bias else None, components, self.config, generator)
         return result
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from logging import ERROR
+from logging import ERROR, INFO
 from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common.logger import log
 
+from strategies.ccvr.calibration import MIN_CLASSES
 from strategies.exchanging import phase_messages
 from strategies.replies import check_all, check_moments, replies_by_client
 from task.messages import MEASURE
@@ -48,10 +49,24 @@ def calibrate(strategy: "LayerwiseStrategy", server_round: int, replies: Iterabl
     if found < needed:
         log(ERROR, "Round %d: %d of the %d measurements needed: no calibration.", server_round, found, needed)
         return None
+    _note_classes(server_round, torch.stack([moments["class-count"] for moments in measured.good]))
     generator = generator_for(strategy.context.seed, "calibration", server_round)
     calibrated = calibration.calibrated(strategy.flat, strategy.codec.layout, measured.good, generator)
+    if calibrated is None:
+        return None
     if not bool(torch.isfinite(calibrated).all()):
         log(ERROR, "Round %d: the retrained head is not finite: no calibration.", server_round)
         return None
     strategy.flat = calibrated
     return strategy.codec.encode(strategy.flat)
+
+
+def _note_classes(server_round: int, count: torch.Tensor) -> None:
+    """Log how many classes no client has a sample of, from the counts [clients, classes]."""
+    seen, classes = int((count.sum(0) > 0).sum()), count.shape[1]
+    if seen < MIN_CLASSES:
+        reason = f"clients have samples of {seen} of {classes} classes and {MIN_CLASSES} are needed: no calibration"
+        log(INFO, "Round %d: %s.", server_round, reason)
+    elif seen < classes:
+        reason = f"no client has a sample of {classes - seen} of {classes} classes; their rows stay"
+        log(INFO, "Round %d: %s.", server_round, reason)

@@ -2,7 +2,7 @@
 
 from strategies.livar.strategy import Livar, LivarConfig
 from strategies.livar.table import PUBLISHED_TABLE, MergeTable, read_table
-from strategies.livar.weights import class_merge_weights, lora_merge_weights, per_layer_scores
+from strategies.livar.weights import class_merge_weights, lora_merge_weights, per_layer_scores, score_bounds
 from strategies.merging import merge_adapter, merge_head
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "merge_head",
     "per_layer_scores",
     "read_table",
+    "score_bounds",
 ]

@@ -13,8 +13,14 @@ from torch import Tensor
 
 from strategies.arithmetic import sample_weights
 from strategies.base import LayerwiseStrategy
-from strategies.livar.table import read_table
-from strategies.livar.weights import class_merge_weights, lora_merge_weights, per_layer_scores
+from strategies.livar.table import check_name, read_table
+from strategies.livar.weights import (
+    class_merge_weights,
+    lora_merge_weights,
+    per_layer_scores,
+    scores_that_count,
+    whole,
+)
 from strategies.merging import merge_head, merge_others
 from strategies.options import StrategyConfig
 from strategies.replies import Update
@@ -48,6 +54,22 @@ class LivarConfig(StrategyConfig):
     evaluated: str = bounded("merged", choices=("merged", "products"))
     """The server evaluates the merged model, or the merged head on W0 + sum_m n_m/n B_m A_m."""
 
+    def __post_init__(self) -> None:
+        """Refuse a table of no such name, and signals that cannot be measured, by a ConfigError."""
+        check_name(self.table)
+        self.request()
+
+    def request(self) -> SignalRequest:
+        """Ask for what the options need, and no more."""
+        return SignalRequest(
+            class_variance=self.head == "variance",
+            update_scores=self.adapter == "table",
+            samples=self.variance_samples,
+            taken=self.variance_taken,
+            model=self.variance_model,
+            images=self.variance_images,
+        )
+
 
 class Livar(LayerwiseStrategy):
     """Layer Importance and VARiance-based merging.
@@ -68,20 +90,13 @@ class Livar(LayerwiseStrategy):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.table = read_table(self.config.table)
-        self._request = SignalRequest(
-            class_variance=self.config.head == "variance",
-            update_scores=self.config.adapter == "table",
-            samples=self.config.variance_samples,
-            taken=self.config.variance_taken,
-            model=self.config.variance_model,
-            images=self.config.variance_images,
-        )
+        self._request = self.config.request()
         self.score_sums: dict[str, Tensor] = {}
         self.products: dict[str, Tensor] = {}
         self._noted: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def request(self) -> SignalRequest:
-        """Ask for what the options need, and no more."""
+        """Ask for what the options need."""
         return self._request
 
     def check(self, update: Update) -> None:
@@ -141,7 +156,7 @@ class Livar(LayerwiseStrategy):
             variance = torch.stack([update.signals["class-variance"] for update in updates])
             count = torch.stack([update.signals["class-count"] for update in updates])
             weights = class_merge_weights(variance, count)
-            self._note_classes(updates, variance, weights)
+            self._note_classes(updates, variance, count, weights)
             return weights
         if self.config.head == "samples":
             return samples[:, None].expand(-1, classes)
@@ -159,8 +174,9 @@ class Livar(LayerwiseStrategy):
         return torch.full((len(updates), layers), 1 / len(updates), dtype=torch.float64)
 
     def _scores(self, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
-        """Scores of A and of B, float64 [clients, layers], of the round or as the options say."""
-        found = [torch.stack([update.signals["score-a"], update.signals["score-b"]]).double() for update in updates]
+        """Scores of A and of B, float64 [clients, layers], of the round or as the options say; NaN where negative."""
+        sent = [torch.stack([update.signals["score-a"], update.signals["score-b"]]).double() for update in updates]
+        found = [torch.where(scores < 0, torch.nan, scores) for scores in sent]
         if self.config.scores == "cumulative":
             sums = {}
             for update, scores in zip(updates, found, strict=True):
@@ -174,32 +190,49 @@ class Livar(LayerwiseStrategy):
         steps = torch.tensor([number_field(update.metrics, "steps") for update in updates])
         return per_layer_scores(score_a, steps), per_layer_scores(score_b, steps)
 
-    def _note_classes(self, updates: Sequence[Update], variance: Tensor, weights: Tensor) -> None:
+    def _note_classes(self, updates: Sequence[Update], variance: Tensor, count: Tensor, weights: Tensor) -> None:
         """Log what keeps clients or classes out of the merge of the head."""
         number, rows = self.report.server_round, weights.sum(0)
         if bad := [u.client for u, v in zip(updates, variance, strict=True) if not bool(torch.isfinite(v).all())]:
             log(WARNING, "Round %d: client %s: variances that are not finite do not count.", number, ", ".join(bad))
-        if idle := [u.client for u, w in zip(updates, weights, strict=True) if not bool(w.any())]:
-            reason = "no class with two samples to take a variance of; it has no say in the head"
-            log(INFO, "Round %d: client %s: %s.", number, ", ".join(idle), reason)
+        if odd := [u.client for u, n in zip(updates, count, strict=True) if not bool(whole(n).all())]:
+            reason = "class counts that are not whole numbers from 0 on do not count"
+            log(WARNING, "Round %d: client %s: %s.", number, ", ".join(odd), reason)
+        each = zip(updates, count, variance, weights, strict=True)
+        silent = {u.client: _silence(n, v) for u, n, v, w in each if not bool(w.any())}
+        for reason in dict.fromkeys(silent.values()):
+            clients = ", ".join(client for client, why in silent.items() if why == reason)
+            log(INFO, "Round %d: client %s: %s; no say in the head.", number, clients, reason)
         if kept := int((rows == 0).sum()):
             log(INFO, "Round %d: no client covers %d of %d classes; their rows stay.", number, kept, len(rows))
 
     def _note_scores(self, updates: Sequence[Update], score_a: Tensor, score_b: Tensor) -> None:
         """Log scores that say nothing."""
-        finite = torch.isfinite(score_a) & torch.isfinite(score_b)
+        counting = scores_that_count(score_a, score_b)
         number = self.report.server_round
-        if bad := [u.client for u, row in zip(updates, finite, strict=True) if not bool(row.all())]:
-            log(WARNING, "Round %d: client %s: update scores that are not finite do not count.", number, ", ".join(bad))
+        if bad := [u.client for u, row in zip(updates, counting, strict=True) if not bool(row.all())]:
+            reason = "update scores that are negative or not finite do not count"
+            log(WARNING, "Round %d: client %s: %s.", number, ", ".join(bad), reason)
         if refused := {update.client: count for update in updates if (count := _refused_scores(update))}:
             self.report.details["refused_scores"] = refused
-            log(WARNING, "Round %d: gradients or moves that are not finite counted as 0: %s.", number, refused)
+            log(WARNING, "Round %d: products of gradient and move overflowed and counted as 0: %s.", number, refused)
         if (
             len(updates) > 1
-            and bool(finite.any())
-            and all(bool((s[finite] == s[finite][:1]).all()) for s in (score_a, score_b))
+            and bool(counting.any())
+            and all(bool((s[counting] == s[counting][:1]).all()) for s in (score_a, score_b))
         ):
             log(INFO, "Round %d: all update scores that count are equal; their clients have equal say.", number)
+
+
+def _silence(count: Tensor, variance: Tensor) -> str:
+    """Say why no variance of a client counts, from its counts and variances, each [classes]."""
+    covered = whole(count) & (count >= 2)
+    if not bool(covered.any()):
+        return "no class with two samples to take a variance of"
+    known = variance[covered]
+    if bool((known == 0).all()):
+        return "all variances of classes with two samples are 0"
+    return "no variance of a class with two samples is positive and finite"
 
 
 def _refused_scores(update: Update) -> int:

@@ -43,6 +43,17 @@ class MergeTable:
             raise ConfigError(f"{where}: all weights must be positive and finite.")
 
 
+def names_file(name: str) -> bool:
+    """Tell whether a table is named by the path of a YAML file, and not as one of ``conf/livar_table/``."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that is none of ``conf/livar_table/`` by a ConfigError; only the server looks for other files."""
+    if not names_file(name):
+        _table_path(name)
+
+
 def read_table(name: str) -> MergeTable:
     """Read a table: ``published``, another file of ``conf/livar_table/``, or the path of a YAML file on the server.
 
@@ -51,10 +62,7 @@ def read_table(name: str) -> MergeTable:
     ConfigError
         If there is no such file, or it is not a table.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else TABLE_FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in TABLE_FOLDER.glob("*.yaml")))
-        raise ConfigError(f"strategy.table={name!r} is neither one of {known} nor a YAML file that is there.")
+    path = _table_path(name)
     try:
         loaded = OmegaConf.load(path)
     except (OSError, ValueError, YAMLError) as error:
@@ -62,6 +70,15 @@ def read_table(name: str) -> MergeTable:
     table = typed(MergeTable, loaded)
     table.check(f"strategy.table={name!r}")
     return table
+
+
+def _table_path(name: str) -> Path:
+    """Find the file of a table, or raise a ConfigError."""
+    path = Path(name) if names_file(name) else TABLE_FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in TABLE_FOLDER.glob("*.yaml")))
+        raise ConfigError(f"strategy.table={name!r} is neither one of {known} nor a YAML file that is there.")
+    return path
 
 
 PUBLISHED_TABLE = read_table("published")

@@ -17,8 +17,8 @@ TINY = torch.finfo(torch.float64).tiny
 def class_merge_weights(variance: Tensor, count: Tensor) -> Tensor:
     """Weigh clients per class by the variance of their features: w[m,c] = v[m,c] / sum_m' v[m',c].
 
-    Only clients with at least two samples of a class behind a finite variance above zero take part in it; sample
-    counts play no further part.
+    Only clients with at least two samples of a class, in whole numbers, behind a finite variance above zero take part
+    in it; sample counts play no further part.
 
     Parameters
     ----------
@@ -32,19 +32,24 @@ def class_merge_weights(variance: Tensor, count: Tensor) -> Tensor:
     Tensor, float64, [clients, classes]
         Weights that sum to one over clients for every class that a client covers, and are zero for all others.
     """
-    known = (count >= 2) & torch.isfinite(variance) & (variance > 0)
+    known = whole(count) & (count >= 2) & torch.isfinite(variance) & (variance > 0)
     v = torch.where(known, variance, 0.0).double()
     v = v / v.amax(0).clamp_min(TINY)
     total = v.sum(0)
     return torch.where(total > 0, v / total.clamp_min(TINY), 0.0)
 
 
+def whole(count: Tensor) -> Tensor:
+    """Tell which counts are whole numbers from 0 on; of the same shape, bool."""
+    return torch.isfinite(count) & (count >= 0) & (count == count.floor())
+
+
 def lora_merge_weights(score_a: Tensor, score_b: Tensor, table: MergeTable = PUBLISHED_TABLE) -> Tensor:
     """Weigh clients per layer by the bins of their update scores: W[m,l] = u[m,l] / sum_m' u[m',l].
 
     The bins are bounded by quantiles over all clients and layers (linear interpolation); a score equal to a bound falls
-    into the middle bin. A client whose score of a layer is not finite has no say in that layer and none in the
-    quantiles; a layer without any finite score is merged uniformly.
+    into the middle bin. A client whose score of a layer does not count (:func:`scores_that_count`) has no say in
+    that layer and none in the quantiles; a layer without any score that counts is merged uniformly.
 
     Parameters
     ----------
@@ -58,22 +63,47 @@ def lora_merge_weights(score_a: Tensor, score_b: Tensor, table: MergeTable = PUB
     Tensor, float64, [clients, layers]
         Weights that sum to one over clients for every layer.
     """
-    finite = torch.isfinite(score_a) & torch.isfinite(score_b)
-    column = score_bins(score_a.double(), finite, table.quantiles_a)
-    row = score_bins(score_b.double(), finite, table.quantiles_b)
-    u = torch.where(finite, table.tensor[row, column], 0.0)
+    counting = scores_that_count(score_a, score_b)
+    column = score_bins(score_a.double(), counting, table.quantiles_a)
+    row = score_bins(score_b.double(), counting, table.quantiles_b)
+    u = torch.where(counting, table.tensor[row, column], 0.0)
     total = u.sum(0)
     return torch.where(total > 0, u / total.clamp_min(TINY), 1 / len(u))
 
 
-def score_bins(score: Tensor, finite: Tensor, quantiles: list[float]) -> Tensor:
+def scores_that_count(score_a: Tensor, score_b: Tensor) -> Tensor:
+    """Tell where s_A and s_B are both finite and, as sums of absolute values, not negative; bool, of their shape."""
+    return torch.isfinite(score_a) & torch.isfinite(score_b) & (score_a >= 0) & (score_b >= 0)
+
+
+def score_bounds(score: Tensor, counting: Tensor, quantiles: list[float]) -> Tensor:
+    """Take the quantiles of the pool of scores, by linear interpolation: the paper's A25, A50, B60 and B80.
+
+    Parameters
+    ----------
+    score : Tensor, float64, [clients, layers]
+        Scores.
+    counting : Tensor, bool, [clients, layers]
+        Which of them are in the pool; at least one.
+    quantiles : list[float]
+        In (0, 1).
+
+    Returns
+    -------
+    Tensor, float64, [quantiles]
+        Bounds of the bins.
+    """
+    return torch.quantile(score[counting], torch.tensor(quantiles, dtype=score.dtype))
+
+
+def score_bins(score: Tensor, counting: Tensor, quantiles: list[float]) -> Tensor:
     """Index the bin of every score: 0 below the first bound, len(quantiles) above the last, ties to the middle.
 
     Parameters
     ----------
     score : Tensor, float64, [clients, layers]
         Scores.
-    finite : Tensor, bool, [clients, layers]
+    counting : Tensor, bool, [clients, layers]
         Which of them the quantiles are taken over.
     quantiles : list[float]
         Ascending, in (0, 1); none makes one bin.
@@ -83,9 +113,9 @@ def score_bins(score: Tensor, finite: Tensor, quantiles: list[float]) -> Tensor:
     Tensor, int64, [clients, layers]
         Bins.
     """
-    if not finite.any() or not quantiles:
+    if not counting.any() or not quantiles:
         return torch.zeros_like(score, dtype=torch.int64)
-    bounds = torch.quantile(score[finite], torch.tensor(quantiles, dtype=score.dtype))
+    bounds = score_bounds(score, counting, quantiles)
     middle = len(quantiles) / 2
     return torch.stack([score > b if i + 1 > middle else score >= b for i, b in enumerate(bounds)]).sum(0)
 

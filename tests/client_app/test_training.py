@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 
+from client_app.signals import UpdateScores
 from client_app.training import make_optimizer, train
 from task.config import BackboneConfig, LoraConfig, TaskConfig, TrainConfig
 from task.errors import ModelError
 from task.model import build_model
+from task.units import lora_layers
 
 ARGUMENTS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TASK = TaskConfig(
@@ -123,3 +125,32 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(model):
     with pytest.raises(ModelError, match="lower train.lr"):
         train(model, make_optimizer(model, TrainConfig()), [(images * float("nan"), labels)])
     assert (model.read() == before).all()
+
+
+def spoil_gradient(model, value):
+    """Set every gradient of one factor to a value, from now on."""
+    parameter = next(p for name, p in model.module.named_parameters() if "lora_B" in name)
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_a_gradient_that_is_not_finite_ends_the_training_or_leaves_an_update_that_is_none(model, kind, value):
+    initial, config = model.read(), TrainConfig(optimizer=kind, lr=0.01)
+    spoil_gradient(model, value)
+    with pytest.raises(ModelError, match="at local step 2; lower train.lr"):
+        train(model, make_optimizer(model, config), batches(2))
+    model.load(initial)
+    train(model, make_optimizer(model, config), batches(1))
+    assert not np.isfinite(model.read()).all(), "the server drops it"
+
+
+def test_only_a_dot_product_that_overflows_counts_as_zero_in_a_training_that_goes_on(model):
+    optimizer = make_optimizer(model, TrainConfig(optimizer="sgd", lr=2e-38, momentum=0.0, weight_decay=0.0))
+    spoil_gradient(model, 3e38)
+    first, second = (layer.b for layer in lora_layers(model.layout)[:2])
+    with UpdateScores(model, optimizer, [first, second]) as scores:
+        train(model, optimizer, batches(2))
+    assert np.isfinite(model.read()).all()
+    assert scores.refused.tolist() == [2]
+    assert scores.scores[0] == 0

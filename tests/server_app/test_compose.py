@@ -227,6 +227,29 @@ def test_a_mistake_is_told_in_one_sentence_with_its_place(overrides, sentence):
     assert refusal(overrides).startswith(sentence)
 
 
+COMBINATIONS = {
+    "strategy=livar strategy.table=nope": "strategy.table='nope' is neither one of cifar100_derived, published nor a ",
+    "strategy=livar strategy.variance_model=frozen": "Signals of the frozen model or of raw images are taken after ",
+    "strategy=livar strategy.variance_images=raw": "Signals of the frozen model or of raw images are taken after ",
+    "strategy=fisher lora.merge=product_svd": "Fisher merges adapters in its own way: lora.merge='product_svd' is not ",
+    "strategy=regmean lora.merge=product_svd": "RegMean merges adapters in its own way: ",
+    "strategy=pfedla lora.merge=product_svd": "PFedLa merges adapters in its own way: ",
+    "strategy=heur_pfedla record_updates=true": "record_updates=true needs one model for all, which strategy=heur_",
+    "strategy=local record_updates=true": "record_updates=true needs one model for all, which strategy=local has not.",
+    "schedule=fedlama record_updates=true": "record_updates=true needs schedule=every_round, not fedlama",
+}
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), COMBINATIONS.items(), ids=COMBINATIONS)
+def test_what_does_not_go_together_is_told_before_any_server_is_started(overrides, sentence):
+    assert refusal(overrides).startswith(sentence)
+
+
+def test_a_table_in_a_file_is_left_to_the_server_that_has_it():
+    run = compose_run({"strategy": "livar", "overrides": "strategy.table=/on/the/server.yaml"})
+    assert run.strategy.table == "/on/the/server.yaml"
+
+
 @pytest.mark.parametrize(
     ("run_config", "sentence"),
     [

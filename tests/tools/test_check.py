@@ -82,6 +82,21 @@ def test_a_folder_of_images_needs_the_splits_that_the_config_names(tmp_path):
     check_run(APP, images, clients=2, data=tmp_path)
 
 
+def test_a_table_in_a_file_needs_to_be_there_by_its_whole_path(tmp_path):
+    def told(table):
+        with pytest.raises(ConfigError) as caught:
+            check_run(APP, [f"strategy='livar' overrides='strategy.table={table}'"], clients=2)
+        return str(caught.value)
+
+    path = tmp_path / "mine.yaml"
+    assert told(path).startswith(f"strategy.table='{path}' is neither one of ")
+    path.write_text("weights: [[0.0]]\n")
+    assert told(path).endswith("all weights must be positive and finite.")
+    assert told("mine.yaml") == "strategy.table='mine.yaml': the server works in another folder; give a whole path."
+    path.write_text("weights: [[1.0]]\n")
+    check_run(APP, [f"strategy='livar' overrides='strategy.table={path}'"], clients=2)
+
+
 def test_a_run_to_go_on_with_is_checked_by_its_own_config(tmp_path, monkeypatch):
     monkeypatch.delenv("PETALWISE_DATA", raising=False)
     folder = tmp_path / "20260101-120000-fedavg"

@@ -13,7 +13,7 @@ from tools.explain.learning import LearnOptions
 from tools.explain.plots import draw_plots
 from tools.explain.progress import LearningProgress
 from tools.explain.records import Run, read_runs
-from tools.explain.rows import make_rows
+from tools.explain.rows import check_signals, make_rows
 from tools.explain.summary import Findings, records_of, summary, write_rows
 from tools.explain.table import QUANTILES, derive_table, write_table
 from tools.explain.targets import Learner, Target, TargetStore
@@ -64,6 +64,7 @@ def explain_runs(
     """
     require_extra("explain", EXTRA)
     runs = read_runs(folders)
+    check_signals(runs)
     out.mkdir(parents=True, exist_ok=True)
     targets = learn_targets(runs, TargetStore(out / "targets", learning), compute)
     rows = make_rows(runs, {digest: target.weights for digest, target in targets.items()}, QUANTILES)

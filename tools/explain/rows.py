@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from strategies.livar import MergeTable
-from strategies.livar.weights import score_bins
+from strategies.livar.weights import score_bins, scores_that_count
 from task.errors import ConfigError
 from task.units import lora_layers
 from tools.explain.records import MIN_RECORDS, Record, Run, layer_place
@@ -45,15 +45,15 @@ class Rows:
     target: NDArray[np.float64]
     """Learned weight times number of clients, [rows]; 1 is a uniform share."""
     groups: NDArray[np.int64]
-    """What is left out together to measure R2, [rows]: runs, or of a single run its rounds."""
+    """What is left out together to measure R2, [rows]: federations (:attr:`Run.federation`), or of one its rounds."""
     grouped_by: str
-    """``runs`` or ``rounds``."""
+    """``federations`` or ``rounds``."""
     bins: NDArray[np.int64]
     """Row and column of the merge table, [rows, 2]."""
     origins: tuple[tuple[str, str, str], ...]
     """Record, client and layer of every row."""
     not_finite: int
-    """Number of rows left out as a signal is not finite."""
+    """Number of rows left out as a signal is not finite, or a score negative."""
 
     def column(self, name: str) -> NDArray[np.float64]:
         """Values of a feature, [rows]."""
@@ -72,6 +72,35 @@ class _Part:
     not_finite: int
 
 
+def check_signals(runs: Sequence[Run]) -> None:
+    """Refuse signals that can explain nothing, before anything is learned.
+
+    Parameters
+    ----------
+    runs : Sequence[Run]
+        Runs with their records.
+
+    Raises
+    ------
+    ConfigError
+        If a score is constant in a record, or too few records have finite signals.
+    """
+    records = [record for run in runs for record in run.records]
+    for record in records:
+        finite = _finite(record)
+        for signal in (POOLED[name] for name in TABLE_FEATURES):
+            if len(record.signals[signal][finite].unique()) == 1:
+                raise ConfigError(
+                    f"The signal {signal} is constant in {record.label}: it cannot explain anything; leave that run "
+                    "out, or record it anew with A and B trained (lora.freeze_a=false)."
+                )
+    if (usable := sum(bool(_finite(record).any()) for record in records)) < MIN_RECORDS:
+        raise ConfigError(
+            f"{usable} of {len(records)} records have finite signals and {MIN_RECORDS} are needed: record more rounds "
+            "or runs (num_server_rounds, seed), at a lower train.lr where training diverges."
+        )
+
+
 def make_rows(runs: Sequence[Run], targets: Mapping[str, Tensor], table: MergeTable) -> Rows:
     """Join signals and targets.
 
@@ -87,19 +116,17 @@ def make_rows(runs: Sequence[Run], targets: Mapping[str, Tensor], table: MergeTa
     Returns
     -------
     Rows
-        Ordered by run, record, client and layer.
+        Ordered by run, record, client and layer; of signals that :func:`check_signals` lets through.
 
     Raises
     ------
     ConfigError
-        If the target or a score is constant, or too few records have finite signals.
+        If the target is constant.
     """
     federations = list(dict.fromkeys(run.federation for run in runs))
     federation_of = [federations.index(run.federation) for run in runs for _ in run.records]
     parts = [_part(run, record, targets[record.digest], table) for run in runs for record in run.records]
     sizes = [len(part.target) for part in parts]
-    if (usable := sum(size > 0 for size in sizes)) < MIN_RECORDS:
-        raise ConfigError(f"{usable} of {len(parts)} records have finite signals and {MIN_RECORDS} are needed.")
     features, target = (np.concatenate([getattr(part, name) for part in parts]) for name in ("features", "target"))
     if target.std() < NO_SPREAD:
         raise ConfigError("The target is constant: all learned weights are uniform, so there is nothing to explain.")
@@ -142,20 +169,13 @@ def pool_positions(signal: Tensor, finite: Tensor) -> NDArray[np.float64]:
 
 def _part(run: Run, record: Record, weights: Tensor, table: MergeTable) -> _Part:
     """Make the rows of a record, clients first."""
-    signals = record.signals
-    finite = torch.isfinite(signals["label-entropy"])
-    for signal in POOLED.values():
-        finite = finite & torch.isfinite(signals[signal])
-    for name in TABLE_FEATURES:
-        pool = signals[POOLED[name]][finite]
-        if len(pool) and bool((pool == pool[0]).all()):
-            raise ConfigError(f"The signal {POOLED[name]} is constant in {record.label}: it cannot explain anything.")
+    signals, finite = record.signals, _finite(record)
     chosen = finite.numpy()
     columns = [pool_positions(signals[signal], finite) for signal in POOLED.values()]
     columns += [np.broadcast_to(values, chosen.shape)[chosen] for values in _broad_features(run, record)]
     score_a, score_b = signals["score-a"].double(), signals["score-b"].double()
-    both = torch.isfinite(score_a) & torch.isfinite(score_b)  # the pool of lora_merge_weights
-    bins = torch.stack([score_bins(score_b, both, table.quantiles_b), score_bins(score_a, both, table.quantiles_a)], -1)
+    pool = scores_that_count(score_a, score_b)  # as in lora_merge_weights
+    bins = torch.stack([score_bins(score_b, pool, table.quantiles_b), score_bins(score_a, pool, table.quantiles_a)], -1)
     names = [layer.name for layer in lora_layers(run.layout)]
     origins = [(record.label, client, name) for client in record.clients for name in names]
     return _Part(
@@ -165,6 +185,14 @@ def _part(run: Run, record: Record, weights: Tensor, table: MergeTable) -> _Part
         origins=[origin for origin, kept in zip(origins, chosen.ravel(), strict=True) if kept],
         not_finite=int((~chosen).sum()),
     )
+
+
+def _finite(record: Record) -> Tensor:
+    """Tell where a record's signals are all finite and no score is negative, bool [clients, layers]."""
+    finite = scores_that_count(record.signals["score-a"], record.signals["score-b"])
+    for signal in (*POOLED.values(), "label-entropy"):
+        finite = finite & torch.isfinite(record.signals[signal])
+    return finite
 
 
 def _broad_features(run: Run, record: Record) -> list[NDArray[np.float64]]:

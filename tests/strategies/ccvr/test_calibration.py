@@ -1,5 +1,6 @@
 """Retraining the head on virtual features: on its own, and as a phase of whole runs with scripted clients."""
 
+import logging
 import math
 import re
 
@@ -159,12 +160,11 @@ def test_only_the_head_of_a_model_changes(covariance, mixture, bias):
     assert accuracy(layout.views(before)["head.weight"], layout.views(before).get("head.bias")) < 0.9
 
 
-def test_without_a_sample_of_any_class_the_model_stays_as_it_is():
+@pytest.mark.parametrize("counts", [[0.0, 0.0, 0.0], [0.0, 7.0, 0.0]])
+def test_without_samples_of_two_classes_there_is_no_calibrated_model(counts):
     flat = torch.randn(LAYOUT.size, generator=seeded())
     calibration = Calibration(CalibrationConfig(covariance="diagonal"))
-    found = calibration.calibrated(flat, LAYOUT, [measured([0.0] * 3)] * 2, seeded())
-    assert torch.equal(found, flat)
-    assert found.data_ptr() != flat.data_ptr()
+    assert calibration.calibrated(flat, LAYOUT, [measured(counts)] * 2, seeded()) is None
 
 
 def fedavg(seed=0, min_clients=2, **options):
@@ -332,6 +332,33 @@ def test_a_client_that_does_not_answer_well_is_named(edit, reason):
     np.testing.assert_array_equal(flat[: HEAD.start], uncalibrated(1)[: HEAD.start])
     assert (flat[HEAD] != uncalibrated(1)[HEAD]).all()
     assert re.search(f"^calibration: .*{reason}", reports[1].clients_dropped["1"])
+
+
+@pytest.mark.parametrize("seen", [0, 1])
+def test_without_samples_of_two_classes_nothing_is_calibrated_and_the_log_says_so(caplog, seen):
+    caplog.set_level(logging.INFO, logger="flwr")
+    flat, reports, _ = run(script=spoiled("0123", lambda views: views["class-count"][seen:].zero_()))
+    np.testing.assert_array_equal(flat, uncalibrated())
+    assert reports[2].details["calibrated"] is False
+    told = f"Round 2: clients have samples of {seen} of 3 classes and 2 are needed: no calibration."
+    assert told in caplog.text
+
+
+def test_classes_that_no_client_has_keep_their_rows_and_are_counted_in_the_log(caplog):
+    caplog.set_level(logging.INFO, logger="flwr")
+    flat, reports, _ = run(script=spoiled("0123", lambda views: views["class-count"][2:].zero_()))
+    rows, before = (LAYOUT.views(torch.tensor(model))["head.weight"] for model in (flat, uncalibrated()))
+    assert torch.equal(rows[2], before[2])
+    assert (rows[:2] != before[:2]).any()
+    assert reports[2].details["calibrated"] is True
+    assert "Round 2: no client has a sample of 1 of 3 classes; their rows stay." in caplog.text
+
+
+def test_with_a_sample_of_every_class_the_log_says_nothing_of_classes(caplog):
+    caplog.set_level(logging.INFO, logger="flwr")
+    _, reports, _ = run()
+    assert reports[2].details["calibrated"] is True
+    assert "has a sample of" not in caplog.text
 
 
 def test_too_few_good_measurements_leave_the_model(caplog):

@@ -191,11 +191,11 @@ def test_dot_products_that_counted_as_zero_are_told_by_client(logged):
     found = run({"refused-scores": {"0": [3.0], "1": [0.0], "2": [np.nan], "3": [-1.0]}})
     assert found.reports[1].details["refused_scores"] == {"0": 3}
     assert found.reports[1].clients_used == NAMES
-    [line] = lines(logged, logging.WARNING, "Round 1: gradients or moves that are not finite counted as 0")
+    [line] = lines(logged, logging.WARNING, "Round 1: products of gradient and move overflowed and counted as 0")
     assert line.endswith("{'0': 3}.")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 def test_a_client_with_a_bad_score_has_no_say_in_that_layer_and_is_named(logged, value):
     scores = np.arange(16.0).reshape(2, 4, 2)
     scores[0, 2, 1] = value
@@ -208,7 +208,7 @@ def test_a_client_with_a_bad_score_has_no_say_in_that_layer_and_is_named(logged,
     close(factors_of(found.flat), weighted_factors(raw / raw.sum(0)))
     assert found.reports[1].clients_used == NAMES
     assert found.reports[1].details["adapter_weights"][2][1] == 0
-    assert lines(logged, logging.WARNING, "Round 1: client 2: update scores that are not finite do not count.")
+    assert lines(logged, logging.WARNING, "Round 1: client 2: update scores that are negative or not finite ")
 
 
 def test_a_layer_without_any_finite_score_is_merged_uniformly():
@@ -229,6 +229,46 @@ def test_a_negative_variance_has_no_say():
     weights = np.full((4, 3), 0.25)
     weights[:, 0] = [1 / 3, 0, 1 / 3, 1 / 3]
     close(rows_of(found.flat), weighted_rows(weights))
+
+
+REASONS = {
+    "one sample": ([1, 0, 1], [0, 0, 0], "no class with two samples to take a variance of"),
+    "odd counts": ([2.5, -2, np.nan], [1, 1, 1], "no class with two samples to take a variance of"),
+    "no variance": ([5, 5, 1], [0, 0, 1], "all variances of classes with two samples are 0"),
+    "not finite": ([5, 5, 1], [np.nan, 0, 1], "no variance of a class with two samples is positive and finite"),
+    "negative": ([5, 0, 1], [-1, 0, 1], "no variance of a class with two samples is positive and finite"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_the_log_says_why_a_client_has_no_say_in_the_head(logged, case):
+    count, variance, reason = REASONS[case]
+    run({"class-count": {"2": count}, "class-variance": {"2": variance}})
+    found = lines(logged, logging.INFO, "Round 1: client")
+    assert found == [f"Round 1: client 2: {reason}; no say in the head."]
+
+
+def test_clients_of_one_reason_share_a_line(logged):
+    run({"class-count": {"0": [1, 1, 1], "3": [0, 0, 0]}, "class-variance": {"1": [0, 0, 0]}})
+    several, one = lines(logged, logging.INFO, "Round 1: client")
+    assert several.startswith("Round 1: client 0, 3: no class with two samples ")
+    assert one.startswith("Round 1: client 1: all variances ")
+
+
+@pytest.mark.parametrize("count", [np.nan, np.inf, -3.0, 2.5])
+def test_a_count_that_is_no_whole_number_has_no_say_in_its_class_and_its_client_is_named(logged, count):
+    found = run({"class-count": {"1": [count, 5, 5]}})
+    weights = np.full((4, 3), 0.25)
+    weights[:, 0] = [1 / 3, 0, 1 / 3, 1 / 3]
+    close(rows_of(found.flat), weighted_rows(weights))
+    [line] = lines(logged, logging.WARNING, "Round 1: client 1: ")
+    assert line == "Round 1: client 1: class counts that are not whole numbers from 0 on do not count."
+
+
+def test_a_negative_score_has_no_part_in_the_median_of_its_layer():
+    scores = {name: [float(name) + 1, 1.0] for name in NAMES}
+    negative, missing = (run({"score-a": {**scores, "3": [s, 1.0]}}, scores="per_layer") for s in (-9.0, np.nan))
+    np.testing.assert_array_equal(negative.flat, missing.flat)
 
 
 def test_renaming_clients_changes_no_merged_value():
@@ -343,9 +383,10 @@ def test_sums_of_scores_go_on_from_a_restored_state():
     np.testing.assert_array_equal(resumed.flat.numpy(), whole.flat)
 
 
-def test_a_bad_score_adds_nothing_to_the_sums_and_takes_nothing_away():
+@pytest.mark.parametrize("value", [np.nan, -0.01])
+def test_a_bad_score_adds_nothing_to_the_sums_and_takes_nothing_away(value):
     def score_a(name, server_round):
-        return [np.nan, 1.0] if (name, server_round) == ("2", 2) else scores_of(name, server_round)[0]
+        return [value, 1.0] if (name, server_round) == ("2", 2) else scores_of(name, server_round)[0]
 
     found = run({**BY_ROUND, "score-a": score_a}, rounds=3, scores="cumulative")
     sums = found.strategy.score_sums["2"][0].numpy()

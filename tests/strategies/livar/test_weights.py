@@ -4,7 +4,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.livar import PUBLISHED_TABLE, MergeTable, class_merge_weights, lora_merge_weights, per_layer_scores
+from strategies.livar import (
+    PUBLISHED_TABLE,
+    MergeTable,
+    class_merge_weights,
+    lora_merge_weights,
+    per_layer_scores,
+    score_bounds,
+)
 
 SCORE_A = torch.tensor([[1, 20, 11, 4, 16, 9], [2, 19, 12, 24, 15, 10], [3, 18, 13, 23, 6, 21], [5, 17, 14, 22, 7, 8]])
 SCORE_B = torch.tensor([[24, 23, 15, 1, 16, 9], [2, 19, 12, 22, 5, 10], [3, 18, 13, 21, 6, 20], [4, 17, 14, 11, 7, 8]])
@@ -28,7 +35,7 @@ def float64(values):
 
 def by_hand(score_a, score_b, table):
     """The rule for tables of three rows and columns, one client and layer after the other."""
-    finite = np.isfinite(score_a) & np.isfinite(score_b)
+    finite = np.isfinite(score_a) & np.isfinite(score_b) & (score_a >= 0) & (score_b >= 0)
     (low_a, high_a), (low_b, high_b) = (
         np.quantile(score[finite], quantiles)
         for score, quantiles in ((score_a, table.quantiles_a), (score_b, table.quantiles_b))
@@ -40,6 +47,15 @@ def by_hand(score_a, score_b, table):
         raw[place] = table.weights[row][column]
     heard = finite.any(0)
     return np.where(heard, raw / np.where(heard, raw.sum(0), 1.0), 1 / len(raw))
+
+
+@pytest.mark.parametrize(
+    ("score", "quantiles", "expected"),
+    [(SCORE_A, PUBLISHED_TABLE.quantiles_a, [6.75, 12.5]), (SCORE_B, PUBLISHED_TABLE.quantiles_b, [14.8, 19.4])],
+)
+def test_golden_case_of_the_bounds(score, quantiles, expected):
+    bounds = score_bounds(score.double(), torch.isfinite(score), quantiles)
+    torch.testing.assert_close(bounds, float64(expected), rtol=1e-12, atol=0)
 
 
 def test_golden_case_of_the_adapter():
@@ -57,12 +73,13 @@ def test_adapter_weights_sum_to_one_and_follow_the_clients(clients, layers, seed
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.sampled_from([0.0, 0.2, 0.9]), seeds)
-def test_adapter_weights_follow_the_rule_with_ties_and_scores_that_are_not_finite(clients, layers, share, seed):
+def test_adapter_weights_follow_the_rule_with_ties_and_scores_that_do_not_count(clients, layers, share, seed):
     generator = np.random.default_rng(seed)
     scores = generator.integers(0, 6, (2, clients, layers)).astype(float)  # few values, so that many tie with a bound
     scores[generator.random(scores.shape) < share] = np.nan
     scores[generator.random(scores.shape) < share / 4] = np.inf
-    if not np.isfinite(scores).all(0).any():
+    scores[generator.random(scores.shape) < share / 4] = -1.0
+    if not (np.isfinite(scores) & (scores >= 0)).all(0).any():
         scores[:, 0, 0] = 1.0
     weights = lora_merge_weights(*torch.from_numpy(scores))
     np.testing.assert_allclose(weights.numpy(), by_hand(*scores, PUBLISHED_TABLE), rtol=1e-12)
@@ -89,8 +106,8 @@ def test_a_client_without_a_finite_score_has_no_say_in_that_layer_alone():
     torch.testing.assert_close(weights.sum(0), torch.ones(6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_without_any_finite_score_weights_are_uniform(value):
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_without_any_score_that_counts_weights_are_uniform(value):
     bad, fine = torch.full((3, 2), value), torch.rand(3, 2, generator=torch.Generator().manual_seed(0))
     for scores in ((bad, fine), (fine, bad)):
         torch.testing.assert_close(lora_merge_weights(*scores), torch.full((3, 2), 1 / 3, dtype=torch.float64))
@@ -137,8 +154,9 @@ def test_a_variance_that_is_none_has_no_say(value):
     torch.testing.assert_close(weights, float64([[0.25], [0.0], [0.75]]))
 
 
-def test_a_count_that_is_no_number_has_no_say():
-    weights = class_merge_weights(torch.ones(2, 1), torch.tensor([[float("nan")], [4.0]]))
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -2.0, 2.5])
+def test_a_count_that_is_no_whole_number_has_no_say(count):
+    weights = class_merge_weights(torch.ones(2, 1), torch.tensor([[count], [4.0]]))
     torch.testing.assert_close(weights, float64([[0.0], [1.0]]))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.common.config import parse_config_args
 
 from client_app.app import app as client_app
@@ -129,6 +130,16 @@ def test_a_missing_extra_is_refused_before_anything_is_learned(tmp_path, monkeyp
     monkeypatch.setattr(analysis, "EXTRA", ("shap_that_is_not_there", "matplotlib"))
     with pytest.raises(ConfigError, match=r"^shap_that_is_not_there must be installed: pip install .*\[explain\]"):
         explain_runs([tmp_path], tmp_path / "out", LearnOptions(), ComputeOptions())
+
+
+def test_signals_that_explain_nothing_are_refused_before_anything_is_learned(tmp_path):
+    def spoil(server_round, name, signal):
+        return torch.zeros_like(signal) if name == "score-a" else signal
+
+    told = command(record_run(tmp_path, edit=spoil), "--out", tmp_path / "out", *QUICK)
+    assert told.startswith("Nothing is explained: The signal score-a is constant in ")
+    assert told.endswith("or record it anew with A and B trained (lora.freeze_a=false).")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ NAMES = ("s_A", "s_B", "depth")
 
 @pytest.fixture
 def planted():
-    """Three runs whose target follows s_B and nothing else."""
+    """Three federations whose target follows s_B and nothing else."""
     generator = np.random.default_rng(0)
     features = generator.uniform(size=(300, 3))
     return Rows(
@@ -23,7 +23,7 @@ def planted():
         constant=(),
         target=1 + (features[:, 1] > 0.7) + 0.05 * generator.normal(size=300),
         groups=np.repeat([0, 1, 2], 100),
-        grouped_by="runs",
+        grouped_by="federations",
         bins=np.zeros((300, 2), dtype=np.int64),
         origins=(("r", "c", "l"),) * 300,
         not_finite=0,
@@ -61,7 +61,7 @@ def test_noise_gives_no_r2_that_deserves_the_name(planted):
 
 
 def test_what_is_left_out_is_never_fitted(planted):
-    """A run with targets of its own cannot be known from the others."""
+    """A federation with targets of its own cannot be known from the others."""
     shifted = replace(planted, target=planted.target + 100.0 * (planted.groups == 2))
     predicted, parts = held_out_predictions(shifted, shifted.features, seed=0)
     assert sorted(np.concatenate(parts)) == list(range(300))

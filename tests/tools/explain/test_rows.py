@@ -8,7 +8,7 @@ from strategies.livar import PUBLISHED_TABLE, lora_merge_weights
 from task.errors import ConfigError
 from tests.tools.explain.recorded import record_run
 from tools.explain.records import read_runs
-from tools.explain.rows import make_rows, pool_positions
+from tools.explain.rows import check_signals, make_rows, pool_positions
 
 LAYERS = [f"blocks.{depth}.{kind}" for depth in (0, 1) for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
@@ -58,7 +58,7 @@ def test_features_that_are_constant_are_left_out_by_name(tmp_path):
     assert set(mixed.column("clients")) == {3, 4}
 
 
-def test_rounds_are_left_out_of_one_run_and_runs_of_several(tmp_path):
+def test_rounds_are_left_out_of_one_federation_and_federations_of_several(tmp_path):
     first, second = record_run(tmp_path), record_run(tmp_path, seed=1)
     _, _, one = rows_of(first)
     assert one.grouped_by == "rounds"
@@ -76,10 +76,11 @@ def test_bins_are_those_of_the_strategy(tmp_path):
         torch.testing.assert_close(u / u.sum(0), wanted)
 
 
-def test_rows_whose_signals_are_not_finite_are_left_out(tmp_path):
+@pytest.mark.parametrize(("spoiled", "value"), [("norm-product", torch.nan), ("score-b", -1.0)])
+def test_rows_whose_signals_do_not_count_are_left_out(tmp_path, spoiled, value):
     def spoil(server_round, name, signal):
-        unknown = torch.cat([signal[:-1], torch.tensor([torch.nan])])
-        return unknown if name == "norm-product" and server_round == 2 else signal
+        unknown = torch.cat([signal[:-1], torch.tensor([value])])
+        return unknown if name == spoiled and server_round == 2 else signal
 
     runs, _, rows = rows_of(record_run(tmp_path, clients=3, edit=spoil))
     assert rows.not_finite == 3
@@ -90,15 +91,21 @@ def test_rows_whose_signals_are_not_finite_are_left_out(tmp_path):
 
 def test_too_few_records_with_finite_signals_are_refused(tmp_path):
     folder = record_run(tmp_path, edit=lambda r, name, s: s * torch.nan if name == "score-a" and r == 2 else s)
-    with pytest.raises(ConfigError, match="1 of 2 records have finite signals and 2 are needed"):
-        rows_of(folder)
+    told = "1 of 2 records have finite signals and 2 are needed: record more rounds or runs .*, at a lower train.lr"
+    with pytest.raises(ConfigError, match=told):
+        check_signals(read_runs([folder]))
 
 
 @pytest.mark.parametrize("signal", ["score-a", "score-b"])
 def test_a_constant_score_is_named(tmp_path, signal):
     folder = record_run(tmp_path, edit=lambda r, name, s: torch.ones_like(s) if name == signal and r == 2 else s)
-    with pytest.raises(ConfigError, match=f"The signal {signal} is constant in {folder.name} round 2"):
-        rows_of(folder)
+    told = f"The signal {signal} is constant in {folder.name} round 2: .*; leave that run out, or record it anew"
+    with pytest.raises(ConfigError, match=told):
+        check_signals(read_runs([folder]))
+
+
+def test_signals_that_vary_are_fine(tmp_path):
+    check_signals(read_runs([record_run(tmp_path)]))
 
 
 def test_a_constant_target_is_refused(tmp_path):
