@@ -154,7 +154,10 @@ def _start(address: Path, owner: psutil.Process) -> None:
 
 
 def serve(listener: socket.socket, address: Path, owner: int) -> None:
-    """Answer messages, each in a fork, until the owner is gone or nobody has asked for :data:`IDLE_SECONDS`."""
+    """Answer messages, each in a fork, until the owner is gone or nobody has asked for :data:`IDLE_SECONDS`.
+
+    Importing starts no thread of Python's, and the native ones (of OpenBLAS, jemalloc) are ready to be forked.
+    """
     alive = psutil.Process(owner).is_running if psutil.pid_exists(owner) else lambda: False
     import client_app.app  # noqa: F401 - what all this is for
 

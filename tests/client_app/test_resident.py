@@ -168,8 +168,9 @@ def test_a_resident_leaves_when_nobody_asks(monkeypatch):
     assert not address.exists()
 
 
-def test_it_has_one_thread_where_it_is_forked(owner):
-    assert owner.resident().num_threads() == 1
+def test_importing_the_app_starts_no_thread_of_python(run_python):
+    program = "import sys, threading, client_app.app; sys.exit(threading.active_count() - 1)"
+    assert run_python(program).returncode == 0
 
 
 def test_others_cannot_reach_it(tmp_path, monkeypatch):
