@@ -1,11 +1,9 @@
-"""The ClientApp that Flower loads. It imports next to nothing, since a SuperNode starts a process for every message."""
-
-from contextlib import suppress
+"""The ClientApp that Flower loads. It imports none of the large libraries: a SuperNode starts a process per message."""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client_app.resident import ask_resident, wants_resident
+from client_app.resident import ask_resident, connected, wants_resident
 from task.errors import ConfigError
 
 
@@ -14,12 +12,18 @@ class EntryApp(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer a message."""
-        with suppress(ConfigError):  # which the app tells, as of any other key
-            if wants_resident(context.node_config):
-                return ask_resident(message, context)
+        if _wanted(context) and (resident := connected()) is not None:
+            return ask_resident(resident, message, context)
         from client_app.app import app  # its imports take seconds
 
         return app(message, context)
+
+
+def _wanted(context: Context) -> bool:
+    try:
+        return wants_resident(context.node_config)
+    except ConfigError:  # which the app tells, as of any other key
+        return False
 
 
 app = EntryApp()

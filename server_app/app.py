@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from logging import ERROR, INFO, WARNING, LogRecord
 from pathlib import Path
 
@@ -50,14 +51,15 @@ def main(grid: Grid, context: Context) -> None:
         run_federation(grid, compose_run(context.run_config), str(context.run_config.get("resume", "")))
     except PetalwiseError as error:
         log(ERROR, "The run stops: %s", error)
+        told = type(error)(str(error))
         if os.environ.get("FLWR_LOG_LEVEL", "").upper() != "DEBUG":
-            FLOWER_LOGGER.addFilter(_once)
-        raise type(error)(str(error)) from None
+            FLOWER_LOGGER.addFilter(partial(_without, told))
+        raise told from None
 
 
-def _once(record: LogRecord) -> bool:
-    """Let a line of the log pass, without the error under it if that is one whose sentence has been told."""
-    if record.exc_info and isinstance(record.exc_info[1], PetalwiseError):
+def _without(told: Exception, record: LogRecord) -> bool:
+    """Let a line of the log pass, without the error under it if that is the one whose sentence has been told."""
+    if record.exc_info and record.exc_info[1] is told:
         record.exc_info = None
     return True
 

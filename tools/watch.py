@@ -117,7 +117,8 @@ def _rounds(run: Run) -> Table:
         loss = "" if report.train_loss is None else f"{report.train_loss:.4f}"
         used = f"{len(report.clients_used)}/{report.cohort}" if report.server_round else ""
         megabytes = [f"{size / 1e6:.1f}" for size in (report.bytes_down, report.bytes_up)]
-        shares = [_percent(accuracy) or WAITING[report.complete], change, _percent(report.clients_accuracy_mean)]
+        waiting = "" if before is None else WAITING[report.complete]
+        shares = [_percent(accuracy) or waiting, change, _percent(report.clients_accuracy_mean)]
         rows.append(
             [str(report.server_round), *shares, loss, used, *megabytes, f"{report.seconds.get('total', 0):.1f}"]
         )

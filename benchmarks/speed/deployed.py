@@ -99,16 +99,17 @@ def run_app(running: Deployment, notes: Path, backbone: str, more: str) -> list[
     train = {
         str(report["server_round"]): report["seconds"]["train"] for report in reports if report["server_round"] > 1
     }
-    lines = _joined([json.loads(line) for file in notes.iterdir() for line in file.read_text().splitlines()])
+    lines = joined_notes(notes)
     by_round = {key: [note for note in lines if note["kind"] == "train" and note["round"] == key] for key in train}
     return [round_parts(by_round[key], seconds) for key, seconds in train.items()]
 
 
-def _joined(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Put together what was noted of a message where Flower handed it over and where it was answered."""
+def joined_notes(folder: Path) -> list[dict[str, Any]]:
+    """Put together what was noted of each message where Flower handed it over and where it was answered."""
     by_message: dict[str, dict[str, Any]] = {}
-    for line in lines:
-        by_message.setdefault(line["id"], {}).update(line)
+    for line in (line for file in folder.iterdir() for line in file.read_text().splitlines()):
+        note = json.loads(line)
+        by_message.setdefault(note["id"], {}).update(note)
     return list(by_message.values())
 
 
@@ -172,7 +173,7 @@ def round_parts(notes: Sequence[dict[str, Any]], phase: float) -> dict[str, floa
 def _parts(note: dict[str, Any], phase: float) -> dict[str, float]:
     """Split the phase as one client saw it; what a resident had imported before counts nothing."""
     taken, loaded = note["taken"], note["loaded"]
-    arrived = {name: max(loaded, moment) for name, moment in note["arrived"].items()}
+    arrived = {name: max(loaded, note["arrived"][name]) for name in ("torch", "timm", "app")}
     inside = {name: taken.get(name, 0.0) for name in ("data", "model", "steps")}
     return {
         "polls": note["started"] - note["created"],

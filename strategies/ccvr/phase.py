@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +66,7 @@ def _note_classes(server_round: int, count: torch.Tensor) -> None:
     seen, classes = int((count.sum(0) > 0).sum()), count.shape[1]
     if seen < MIN_CLASSES:
         reason = f"clients have samples of {seen} of {classes} classes and {MIN_CLASSES} are needed: no calibration"
-        log(INFO, "Round %d: %s.", server_round, reason)
+        log(WARNING, "Round %d: %s.", server_round, reason)
     elif seen < classes:
         reason = f"no client has a sample of {classes - seen} of {classes} classes; their rows stay"
         log(INFO, "Round %d: %s.", server_round, reason)

@@ -1,13 +1,16 @@
 """Messages answered by forks of a resident process; one resident for all tests here."""
 
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,8 +21,8 @@ from client_app import resident
 from client_app.app import app as own_app
 from client_app.entry import app as entry
 from client_app.node import Node
-from client_app.resident import connected, private_folder, wants_resident
-from task.errors import ConfigError, PetalwiseError
+from client_app.resident import connected, private_folder, started_at, wants_resident
+from task.errors import ConfigError
 from task.messages import CONFIG, IDENTIFY, METRICS, received_flat
 from tests.client_app.test_app import ask, content, model, task_json  # noqa: F401 - a fixture
 from tools.debug import InProcessGrid, simulated_nodes
@@ -52,8 +55,18 @@ class Owner:
         self.process.wait()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def folder():
+    """A folder of temporary files of its own, with a path as short as sockets want it."""
+    found, before = tempfile.mkdtemp(prefix="plw-"), tempfile.tempdir
+    tempfile.tempdir = found
+    yield Path(found)
+    tempfile.tempdir = before
+    shutil.rmtree(found)
+
+
 @pytest.fixture(scope="module")
-def owner():
+def owner(folder):
     found = Owner()
     yield found
     found.end()
@@ -106,7 +119,7 @@ def test_the_context_comes_back():
 
 def test_what_is_no_message_ends_its_child_alone(model, owner):  # noqa: F811
     before = owner.resident().pid
-    with connected(psutil.Process(owner.pid)) as asking:
+    with connected() as asking:
         for nonsense in (b"/", b"\xff\xff\xff", b"\xff"):
             asking.send_bytes(nonsense)
         with pytest.raises((EOFError, ConnectionResetError)):
@@ -132,39 +145,67 @@ def test_a_killed_child_is_told_in_one_sentence(model, owner, monkeypatch):  # n
 
 
 def test_a_child_leaves_with_who_asked(owner):
-    asking = connected(psutil.Process(owner.pid))
+    asking = connected()
     asking.send_bytes(b"/")
     wait_until(lambda: len(owner.residents()) == 2)
     asking.close()
     wait_until(lambda: len(owner.residents()) == 1)
 
 
-def test_a_resident_that_was_killed_is_replaced(model, owner):  # noqa: F811
+def test_a_resident_that_was_killed_is_replaced_and_its_socket_removed(model, owner):  # noqa: F811
     before = owner.resident()
-    before.send_signal(signal.SIGKILL)
-    wait_until(lambda: not owner.residents())
+    before.kill()
+    before.wait(GONE_SECONDS)
     assert not ask(grid(entry, resident=True), 1, MessageType.EVALUATE, content(model)).has_error()
     assert owner.resident().pid != before.pid
+    assert len(list(private_folder().glob("*.socket"))) == 1
 
 
-def test_a_resident_leaves_with_its_owner_and_takes_its_socket_along():
+def test_first_messages_at_once_start_one_resident(monkeypatch):
     other = Owner()
-    connected(psutil.Process(other.pid)).close()
-    sockets = {path.name for path in private_folder().glob("*.socket")}
+    monkeypatch.setattr(resident.os, "getppid", lambda: other.pid)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(connected())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(other.residents()) == 1
+    for connection in found:
+        connection.close()
     other.end()
     wait_until(lambda: not other.residents())
-    assert {path.name for path in private_folder().glob("*.socket")} < sockets
 
 
-def test_a_resident_leaves_when_nobody_asks(monkeypatch):
-    monkeypatch.setattr(resident, "IDLE_SECONDS", 0.0)
-    address = private_folder() / "idle.socket"
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_resident_leaves_with_its_owner_and_takes_its_socket_along(monkeypatch, reaped):
+    other, sockets = Owner(), set(private_folder().glob("*.socket"))
+    monkeypatch.setattr(resident.os, "getppid", lambda: other.pid)
+    connected().close()
+    other.process.kill()  # and a zombie until it is waited for
+    if reaped:
+        other.end()
+    wait_until(lambda: not other.residents())
+    assert set(private_folder().glob("*.socket")) == sockets
+    other.end()
+
+
+@pytest.mark.parametrize(("idle", "there"), [(0.0, True), (3600.0, False)])
+def test_a_resident_leaves_when_nobody_asks_or_can_ask(monkeypatch, folder, idle, there):
+    """A message that waits already is answered: here its child finds that nobody asks any more."""
+    monkeypatch.setattr(resident, "IDLE_SECONDS", idle)
+    address = folder / "served.socket"
     before = signal.getsignal(signal.SIGCHLD)
-    with socket.socket(socket.AF_UNIX) as listener:
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as asking:
         listener.bind(str(address))
         listener.listen()
+        asking.connect(str(address))
+        if not there:
+            address.unlink()
         resident.serve(listener, address, os.getpid())
-    signal.signal(signal.SIGCHLD, before)
+        signal.signal(signal.SIGCHLD, before)
+        asking.shutdown(socket.SHUT_WR)
+        assert asking.recv(1) == b""
     assert not address.exists()
 
 
@@ -173,19 +214,44 @@ def test_importing_the_app_starts_no_thread_of_python(run_python):
     assert run_python(program).returncode == 0
 
 
-def test_others_cannot_reach_it(tmp_path, monkeypatch):
+def answered_without(owner, caplog, reason):
+    """Tell whether a message is answered, without a further resident, and the reason is in the log."""
+    query = RecordDict({CONFIG: ConfigRecord({"task": task_json(), "layout": ""})})
+    known = owner.residents()
+    caplog.clear()
+    with caplog.at_level("WARNING", "flwr"):
+        reply = ask(grid(entry, resident=True), 1, IDENTIFY, query)
+    return reply.content[CONFIG]["client"] == "0" and reason in caplog.text and owner.residents() == known
+
+
+def test_others_cannot_reach_it(owner, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(resident.log.__self__, "propagate", True)
     assert stat.S_IMODE(private_folder().stat().st_mode) == 0o700
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     private_folder().chmod(0o755)
-    with pytest.raises(PetalwiseError, match="must be a folder that its user alone can enter; delete it"):
-        private_folder()
-    folder = tmp_path / f"petalwise-{os.getuid()}"
-    folder.rmdir()
-    folder.symlink_to(tmp_path)
-    with pytest.raises(PetalwiseError, match="must be a folder"):
-        private_folder()
-    query = RecordDict({CONFIG: ConfigRecord({"task": task_json(), "layout": ""})})
-    assert "must be a folder" in ask(grid(entry, resident=True), 1, IDENTIFY, query).error.reason
+    assert answered_without(owner, caplog, "must be a folder that its user alone can enter; delete it, or set TMPDIR")
+    private_folder_of = tmp_path / f"petalwise-{os.getuid()}"
+    private_folder_of.rmdir()
+    private_folder_of.symlink_to(tmp_path)
+    assert answered_without(owner, caplog, "must be a folder that its user alone can enter")
+
+
+def test_where_there_can_be_none_messages_are_answered_all_the_same(owner, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(resident.log.__self__, "propagate", True)
+    with monkeypatch.context() as changed:
+        changed.setattr(resident.os, "getppid", lambda: 0)  # as in a container of this one process
+        assert answered_without(owner, caplog, "the process that starts ClientApps cannot be seen")
+    with monkeypatch.context() as changed:
+        changed.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+        Path(tempfile.tempdir).mkdir()
+        assert answered_without(owner, caplog, "AF_UNIX path too long")
+    monkeypatch.setenv("VIRTUAL_ENV", f"{tmp_path}/runtime-envs/1")
+    assert answered_without(owner, caplog, "dependencies are installed anew for every message")
+
+
+def test_when_a_process_began():
+    assert started_at(os.getpid()) == started_at(os.getpid()) != started_at(os.getppid())
+    assert started_at(0) is None
 
 
 @pytest.mark.parametrize(("given", "wanted"), [({}, False), ({"resident": False}, False), ({"resident": "true"}, True)])

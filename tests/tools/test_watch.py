@@ -56,7 +56,8 @@ def test_at_the_end_all_rounds_and_how_it_ended(finished, capsys):
 def test_a_round_says_why_it_has_no_accuracy(finished, tmp_path):
     folder, _ = finished
     (tmp_path / "config.yaml").write_text((folder / "config.yaml").read_text())
-    rounds = [{"server_round": 1, "complete": False}, {"server_round": 2, "central": {"accuracy": 0.5}}]
+    rounds = [{"server_round": number, "central": {"accuracy": 0.5}} for number in (0, 2)]
+    rounds.insert(1, {"server_round": 1, "complete": False})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rounds))
     text = shown(tmp_path)
     assert [line.split()[:2] for line in text.splitlines() if "window" in line] == [["1", "window"]]

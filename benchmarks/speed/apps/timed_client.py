@@ -31,11 +31,12 @@ def note(values: dict[str, Any]) -> None:
 
 
 def timed(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function so that the seconds it takes are added up."""
+    """Wrap a function so that the seconds it takes are added up, and its first start is noted."""
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
         began = time.time()
+        ARRIVED.setdefault(what, began)
         found = function(*arguments, **options)
         TAKEN[what] = TAKEN.get(what, 0.0) + time.time() - began
         return found

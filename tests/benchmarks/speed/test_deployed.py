@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.speed.deployed import PARTS, SITES, round_parts, timed_app
+from benchmarks.speed.deployed import PARTS, SITES, joined_notes, round_parts, timed_app
+from benchmarks.speed.startup import start_parts
 from task.errors import PetalwiseError
 
 NOTE = {
@@ -27,6 +28,20 @@ def test_what_a_resident_had_imported_before_counts_nothing():
     parts = round_parts([{**NOTE, "arrived": {"torch": 5.0, "timm": 5.5, "app": 6.5}}] * SITES, 12.0)
     assert sum(parts.values()) == pytest.approx(12.0)
     assert (parts["torch"], parts["timm"], parts["app"], parts["other"]) == (0.0, 0.0, 0.0, 4.5)
+
+
+def test_notes_of_one_message_are_put_together(tmp_path):
+    (tmp_path / "entry-1.jsonl").write_text('{"id": "a", "loaded": 1}\n{"id": "b", "loaded": 2}\n')
+    (tmp_path / "7.jsonl").write_text('{"id": "b", "arrived": {}}\n')
+    found = sorted(joined_notes(tmp_path), key=lambda note: note["id"])
+    assert found == [{"id": "a", "loaded": 1}, {"id": "b", "loaded": 2, "arrived": {}}]
+
+
+def test_the_start_is_split_up_to_the_first_step_of_any_client():
+    later = {"loaded": 104.0, "arrived": {"torch": 105.0, "timm": 106.0, "app": 107.0, "steps": 110.0}}
+    first = {"loaded": 103.0, "arrived": {"torch": 105.0, "timm": 106.0, "app": 107.0, "steps": 109.0}}
+    asked = {"loaded": 102.0, "arrived": {"torch": 105.0, "timm": 106.0, "app": 107.0}}
+    assert list(start_parts([later, asked, first], 100.0).values()) == [3.0, 2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("notes", [[NOTE], [NOTE, NOTE, {**NOTE, "failed": True}]])
