@@ -7,6 +7,7 @@ by a child that lives for this message: as in a process of its own, nothing is k
 crashes takes nothing with it. Where there can be no resident, messages are answered without.
 """
 
+import gc
 import hashlib
 import os
 import signal
@@ -197,6 +198,7 @@ def serve(listener: socket.socket, address: Path, owner: int) -> None:
     wanted = began is not None and own is not None
     import client_app.app  # noqa: F401 - what all this is for
 
+    gc.freeze()  # else collections in the forks would write to, and so copy, every page that they share
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child is waited for
     listener.settimeout(LOOK_SECONDS)
     asked = time.monotonic()
