@@ -11,7 +11,7 @@ from flwr.supercore.run import Run
 OnReplies = Callable[[list[Message], int], None]
 SHORTEST, LONGEST = 0.02, 1.0
 """Seconds between two looks for replies."""
-SHARE = 0.02
+SHARE = 0.01
 """Look again after this part of the time waited so far: what a phase loses by it stays below."""
 
 

@@ -91,7 +91,7 @@ def closing(reports: Sequence[RoundReport], folder: Path) -> str:
         "updates": f"{used} merged, {dropped} dropped",
         "traffic": f"{_megabytes(report.bytes_down for report in reports)} down, "
         f"{_megabytes(report.bytes_up for report in reports)} up",
-        "time": f"{sum(report.seconds.get('total', 0.0) for report in reports):.1f} s in rounds",
+        "time": f"{sum(report.seconds.get('total', 0.0) for report in reports if report.server_round):.1f} s in rounds",
         "run folder": str(folder),
     }
     head = f"Finished after {last.server_round} round{'' if last.server_round == 1 else 's'}."

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from task.errors import ConfigError
+from tools.processes import MarkedProcesses
 from tools.superlink import SuperLinkProcess, superlink_process
 
 COMPLETED = "finished:completed"
@@ -102,6 +103,11 @@ class SimulationSuperLink:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
+
+    @property
+    def processes(self) -> MarkedProcesses:
+        """The SuperLink and all that it has started."""
+        return self._link.processes
 
     def run(
         self,

@@ -50,7 +50,7 @@ class SuperLinkProcess:
         self._output_file = folder / "superlink.out"
         self._port = free_port()
         self._env = _environment(folder, settings)
-        self._all = MarkedProcesses("FLWR_HOME", self._env["FLWR_HOME"])
+        self.processes = MarkedProcesses("FLWR_HOME", self._env["FLWR_HOME"])
         self._process: subprocess.Popen[bytes] | None = None
         self._run_id: int | None = None
 
@@ -144,7 +144,7 @@ class SuperLinkProcess:
     def settle(self) -> None:
         """Wait until the finished run's processes have left, so that the next run does not share the machine."""
         self._run_id = None
-        self._all.wait_gone(SIMULATION, SETTLE_SECONDS)
+        self.processes.wait_gone(SIMULATION, SETTLE_SECONDS)
         self._end_run_processes()
 
     def stop_run(self) -> None:
@@ -166,7 +166,7 @@ class SuperLinkProcess:
 
     def kill(self) -> None:
         """Kill whatever is left of the SuperLink and its runs."""
-        self._all.kill()
+        self.processes.kill()
         if self._process is not None:
             self._process.wait(KILL_SECONDS)
 
@@ -196,9 +196,9 @@ class SuperLinkProcess:
 
     def _end_run_processes(self) -> None:
         """Have ``flwr-simulation`` leave and take Ray with it: by itself it notices a stop after half a minute."""
-        self._all.terminate(SIMULATION)
-        self._all.wait_gone(SIMULATION, SETTLE_SECONDS)
-        self._all.kill(without=STAYING)
+        self.processes.terminate(SIMULATION)
+        self.processes.wait_gone(SIMULATION, SETTLE_SECONDS)
+        self.processes.kill(without=STAYING)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from safetensors.torch import load_file
 
-from benchmarks.speed.floor import ArmRun, Floor
+from benchmarks.speed.floor import ArmRun, Floor, mean_of_each
+from benchmarks.speed.processor import RoundWatch
 from benchmarks.speed.settings import Setting
 from task.config import task_to_json
 from task.errors import PetalwiseError
@@ -77,14 +78,15 @@ class AppArm:
     def run(self, setting: Setting) -> ArmRun:
         """Run it once, from the start."""
         with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
-            _completed(self._link, APP, setting.run_config, setting.clients, Path(scratch))
+            with RoundWatch(self._link.processes, Path(scratch)) as watch:
+                _completed(self._link, APP, setting.run_config, setting.clients, Path(scratch))
             (folder,) = Path(scratch).iterdir()
             reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             saved = load_file(folder / "adapter" / "adapter_model.safetensors")
-        seconds = [report["seconds"] for report in reports[2:]]
-        parts = {name: sum(taken.get(name, 0.0) for taken in seconds) / len(seconds) for name in seconds[0]}
+        seconds = [report["seconds"] for report in reports[1:]][setting.steady]
         adapter = {canonical_name(name): value for name, value in saved.items()}
-        return ArmRun([taken["total"] + taken["keep"] for taken in seconds], parts, adapter)
+        rounds = [taken["total"] + taken["keep"] for taken in seconds]
+        return ArmRun(rounds, mean_of_each(seconds), adapter, watch.per_round())
 
 
 class TutorialArm:
@@ -122,8 +124,9 @@ class EmptyArm:
         with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
             out = run_other_app(self._link, "empty", config, setting.clients, Path(scratch))
             rounds = json.loads((out / "rounds.json").read_text())[1:]
-        parts = {name: sum(taken[name] for taken in rounds) / len(rounds) for name in rounds[0]}
-        return ArmRun([sum(taken.values()) for taken in rounds], parts, {})
+        if setting.one_phase:
+            rounds = [{"train": taken["train"], "evaluate": 0.0} for taken in rounds]
+        return ArmRun([sum(taken.values()) for taken in rounds], mean_of_each(rounds), {})
 
 
 def run_other_app(

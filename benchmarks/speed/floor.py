@@ -5,16 +5,18 @@ Worker processes of one thread each keep model and images in memory; the adapter
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import repeat
 from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.speed.settings import WORKERS, Setting
+from benchmarks.speed.processor import processor_seconds_here
+from benchmarks.speed.settings import NUM_WORKERS, Setting
 from client_app.node import Node
 from client_app.worker import Worker
 from strategies.cohort import draw_cohort
@@ -40,6 +42,8 @@ class ArmRun:
     """Seconds of the parts of a measured round, mean."""
     adapter: dict[str, Tensor]
     """Adapter and head after the last round, by name; empty where nothing is trained."""
+    processor: dict[str, float] = field(default_factory=dict)
+    """Processor seconds of a steady round, by whose they are; empty where that is not measured."""
 
 
 class FloorWorker:
@@ -65,10 +69,12 @@ class FloorWorker:
         self.data = [self.worker.client_data(node) for node in self.nodes]
         self.model = self.worker.model
 
-    def train(self, client: int, server_round: int) -> int:
-        """Train one client for a round in a plain loop; return how many images it has."""
+    def train(self, client: int, server_round: int, evaluating: bool) -> int:
+        """Train one client for a round in a plain loop, perhaps evaluate before; return how many images it has."""
         task, model, node = self.worker.task, self.model, self.nodes[client]
         model.flat.detach().copy_(self.received)
+        if evaluating:
+            evaluate(model, self.data[client].test, self.worker.normaliser)
         model.module.train()
         options = task.train
         optimizer = torch.optim.AdamW([model.flat], lr=options.lr, weight_decay=options.weight_decay, fused=True)
@@ -110,8 +116,8 @@ def start_process(task: str, clients: int, received: Tensor, trained: Tensor) ->
     start_worker(task, clients, received, trained)
 
 
-def _train(client: int, server_round: int) -> int:
-    return _worker.train(client, server_round)
+def _train(client: int, server_round: int, evaluating: bool) -> int:
+    return _worker.train(client, server_round, evaluating)
 
 
 def _evaluate(client: int) -> float:
@@ -128,7 +134,7 @@ class Floor:
     """
 
     def __init__(self, setting: Setting) -> None:
-        self.run_config, self.clients = setting.compose(), setting.clients
+        self.setting, self.run_config, self.clients = setting, setting.compose(), setting.clients
         task = self.run_config.settings
         split = load_split(task.dataset, "test", None, derive_seed(task.seed, "dataset"))
         self.test = decode(split, task.backbone.image_size)
@@ -144,39 +150,44 @@ class Floor:
 
     def run_in_processes(self) -> ArmRun:
         """Run all rounds over worker processes."""
-        with ProcessPoolExecutor(WORKERS, get_context("spawn"), start_process, self.arguments) as pool:
+        with ProcessPoolExecutor(NUM_WORKERS, get_context("spawn"), start_process, self.arguments) as pool:
             return self.run(pool)
 
     def run(self, pool: Executor) -> ArmRun:
-        """Run all rounds over a pool of workers; the first warms up."""
-        parts: dict[str, float] = {}
-        taken = []
-        for server_round in range(1, self.run_config.settings.num_server_rounds + 1):
-            began = time.perf_counter()
-            found = self._round(pool, server_round)
-            if server_round > 1:
-                taken.append(time.perf_counter() - began)
-                parts = {name: parts.get(name, 0.0) + seconds for name, seconds in found.items()}
+        """Run all rounds over a pool of workers, and keep the times of the steady ones."""
+        taken, used = [], []
+        for server_round in range(1, self.setting.rounds + 1):
+            taken.append(self._round(pool, server_round))
+            used.append(processor_seconds_here())
+        taken, last = taken[self.setting.steady], used[self.setting.steady][-1]
+        processor = {whose: (last[whose] - used[0][whose]) / len(taken) for whose in last}
         views = self.model.layout.views(self.received)
         adapter = {name: value.clone() for name, value in views.items()}
-        return ArmRun(taken, {name: seconds / len(taken) for name, seconds in parts.items()}, adapter)
+        return ArmRun([sum(parts.values()) for parts in taken], mean_of_each(taken), adapter, processor)
 
     def _round(self, pool: Executor, server_round: int) -> dict[str, float]:
-        """Train the cohort, average, let all clients and the server evaluate; seconds by part."""
+        """Train the cohort, average, let clients and the server evaluate; seconds by part."""
         task, strategy = self.run_config.settings, self.run_config.strategy
+        along = self.setting.one_phase and server_round < self.setting.rounds
         everyone = [str(client) for client in range(self.clients)]
         drawn = draw_cohort(everyone, strategy.fraction_train, strategy.min_clients, task.seed, server_round)
         cohort, marks = [int(client) for client in drawn], [time.perf_counter()]
-        counts = list(pool.map(_train, cohort, [server_round] * len(cohort)))
+        counts = list(pool.map(_train, cohort, repeat(server_round), repeat(along)))
         marks.append(time.perf_counter())
         self.received.copy_(weighted_mean(self.trained[cohort], counts))
         marks.append(time.perf_counter())
-        list(pool.map(_evaluate, range(self.clients)))
+        list(pool.map(_evaluate, [] if along else range(self.clients)))
         self.model.flat.detach().copy_(self.received)
         evaluate(self.model, self.test, self.normaliser)
         marks.append(time.perf_counter())
         names = ("train", "aggregate", "evaluate")
         return {name: marks[number + 1] - marks[number] for number, name in enumerate(names)}
+
+
+def mean_of_each(taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the parts of several rounds; where one has them not, they are 0."""
+    names = dict.fromkeys(name for parts in taken for name in parts)
+    return {name: sum(parts.get(name, 0.0) for parts in taken) / len(taken) for name in names}
 
 
 def weighted_mean(rows: Tensor, counts: Iterable[int]) -> Tensor:

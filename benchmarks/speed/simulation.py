@@ -1,13 +1,16 @@
 """Rounds of a simulation against a plain loop, against a tutorial's Flower app, and beside an empty one."""
 
+import os
+
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.arms import AppArm, Arm, EmptyArm, FloorArm, TutorialArm
-from benchmarks.speed.floor import ArmRun
+from benchmarks.speed.floor import ArmRun, mean_of_each
 from benchmarks.speed.ratios import Ratio
 from benchmarks.speed.results import Found, Table
 from benchmarks.speed.settings import SETTINGS, Setting
 from tools.simulation import SimulationSuperLink
 
+NUM_CORES = os.cpu_count() or 1
 SPEEDUP = 2.0
 """What is aimed at against the tutorial's app."""
 
@@ -28,7 +31,7 @@ def measure(repeats: int) -> Found:
             ratios[f"simulation_efficiency.{setting.name}"] = _paired(floors, apps, setting.target)
             size = sum(value.numel() for value in apps[0].adapter.values())
             empty = EmptyArm(link, size).run(setting)
-            tables.append(parts_table(setting, apps, floors, empty))
+            tables += [parts_table(setting, apps, floors, empty), processor_table(setting, apps, floors)]
             if setting.name == "overhead_bound":
                 tutorial = TutorialArm(link).run(setting)
                 check_same(tutorial.adapter, apps[0].adapter)
@@ -62,13 +65,17 @@ def parts_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun], empt
     """Say where the time of a steady round goes, in seconds and as a share of the app's round."""
     app, floor = mean_parts(apps), mean_parts(floors)
     received = app["train"] - app["wait"] - app["steps"]
+    other = "its other work: messages read and written, values copied into the model"
+    evaluation = "evaluation by clients and server"
+    if setting.one_phase:
+        other, evaluation = f"{other}, evaluation", "evaluation by the server"
     rows = [
         ("batches and optimizer steps of the busiest worker", app["steps"], None, None),
-        ("its other work: messages read and written, values copied into the model", received, None, None),
+        (other, received, None, None),
         ("Flower's queues and transfers, and the end of the phase", app["wait"], None, empty.parts["train"]),
         ("training phase, all of the above", app["train"], floor["train"], empty.parts["train"]),
         ("checks and aggregation", app["aggregate"], floor["aggregate"], None),
-        ("evaluation by clients and server", app["evaluate"], floor["evaluate"], empty.parts["evaluate"]),
+        (evaluation, app["evaluate"], floor["evaluate"], empty.parts["evaluate"]),
         ("metrics and checkpoint written", app["keep"], None, None),
     ]
     rows.append(("round", app["round"], floor["round"], sum(empty.parts.values())))
@@ -80,9 +87,23 @@ def parts_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun], empt
     return Table(f"Where a round goes: {setting.shown}", columns, cells)
 
 
+def processor_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun]) -> Table:
+    """Say whose processor time a steady round is, in seconds and as shares of what the cores have in that time."""
+    rows, columns = [], ["processor seconds per round", "`flwr run`", "share", "plain loop", "share"]
+    arms = [(mean_of_each([run.processor for run in runs]), mean_parts(runs)["round"]) for runs in (apps, floors)]
+    for whose in arms[0][0]:
+        rows.append([whose, *_of_the_cores(*((used.get(whose, 0.0), seconds) for used, seconds in arms))])
+    idle = ((NUM_CORES * seconds - sum(used.values()), seconds) for used, seconds in arms)
+    rows.append(["idle, or other load", *_of_the_cores(*idle)])
+    return Table(f"Whose processor time it is: {setting.shown}", columns, rows)
+
+
+def _of_the_cores(*figures: tuple[float, float]) -> list[str]:
+    """Format processor seconds, and their share of what the cores have in a round, of each arm."""
+    return [cell for used, seconds in figures for cell in (f"{used:.2f}", f"{100 * used / NUM_CORES / seconds:.1f} %")]
+
+
 def mean_parts(runs: list[ArmRun]) -> dict[str, float]:
     """Average the parts of a round over runs, and the round itself."""
-    names = runs[0].parts
-    found = {name: sum(run.parts[name] for run in runs) / len(runs) for name in names}
     rounds = [seconds for run in runs for seconds in run.rounds]
-    return {**found, "round": sum(rounds) / len(rounds)}
+    return {**mean_of_each([run.parts for run in runs]), "round": sum(rounds) / len(rounds)}

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.apps import empty, tutorial
 from benchmarks.speed.floor import Floor, start_worker
-from benchmarks.speed.settings import SETTINGS, Setting
+from benchmarks.speed.settings import SETTINGS, Setting, one_phase
 from benchmarks.speed.step import Client, step_seconds, step_task
 from client_app.app import app
 from server_app.app import run_federation
@@ -81,6 +82,20 @@ def test_the_app_the_plain_loop_and_the_tutorials_app_end_with_the_same_adapter(
     check_same(tutorial_adapter(tmp_path / "tutorial"), ours)
 
 
+def test_a_round_of_one_phase_ends_with_the_same_adapter_and_has_other_steady_rounds(monkeypatch):
+    evaluated = []
+    one = one_phase(replace(SMALL, rounds=3))
+    floor = Floor(one)
+    with ThreadPoolExecutor(1, initializer=start_worker, initargs=floor.arguments) as pool:
+        monkeypatch.setattr("benchmarks.speed.floor._evaluate", lambda client: evaluated.append(client) or 0.0)
+        found = floor.run(pool)
+    assert len(found.rounds) == one.rounds - 2
+    assert evaluated == list(range(SMALL.clients))
+    two = Floor(replace(SMALL, rounds=one.rounds))
+    with ThreadPoolExecutor(1, initializer=start_worker, initargs=two.arguments) as pool:
+        check_same(found.adapter, two.run(pool).adapter)
+
+
 def test_arms_that_differ_are_not_compared():
     adapter = {"a": torch.tensor([1.0, 2.0])}
     check_same({"a": torch.tensor([1.0, 2.0001])}, adapter)
@@ -104,5 +119,6 @@ def test_the_empty_app_measures_its_phases(tmp_path):
 
 def test_both_settings_are_configs_of_the_app():
     runs = {name: setting.compose() for name, setting in SETTINGS.items()}
-    assert [run.settings.backbone.image_size for run in runs.values()] == [64, 112]
+    assert [run.settings.backbone.image_size for run in runs.values()] == [64, 64, 112, 112]
+    assert [run.strategy.evaluate_clients for run in runs.values()] == ["phase", "train"] * 2
     assert SETTINGS["overhead_bound"].run_config[0].endswith('" num-server-rounds=6')

@@ -4,12 +4,14 @@ import torch
 
 from benchmarks.speed import simulation
 from benchmarks.speed.floor import ArmRun
+from benchmarks.speed.processor import FLOWER, RAY, SERVER, WORKERS
 from benchmarks.speed.settings import SETTINGS
 
 ADAPTER = {"a": torch.ones(2)}
 APP_PARTS = {"train": 4.0, "wait": 0.5, "steps": 3.0, "aggregate": 0.1, "evaluate": 0.7, "total": 4.8, "keep": 0.2}
-APP = ArmRun([5.0, 5.0], APP_PARTS, ADAPTER)
-FLOOR = ArmRun([4.0, 4.5], {"train": 3.5, "aggregate": 0.05, "evaluate": 0.7}, ADAPTER)
+APP = ArmRun([5.0, 5.0], APP_PARTS, ADAPTER, {WORKERS: 6.0, SERVER: 1.0, FLOWER: 0.0, RAY: 1.0})
+FLOOR_PARTS = {"train": 3.5, "aggregate": 0.05, "evaluate": 0.7}
+FLOOR = ArmRun([4.0, 4.5], FLOOR_PARTS, ADAPTER, {WORKERS: 7.0, SERVER: 0.5})
 EMPTY = ArmRun([0.2], {"train": 0.1, "evaluate": 0.1}, {})
 
 
@@ -37,3 +39,17 @@ def test_the_parts_of_a_round_and_their_shares():
     assert cells["round"] == ["5.000", "100.0 %", "4.250", "0.200"]
     assert cells["training phase, all of the above"] == ["4.000", "80.0 %", "3.500", "0.100"]
     assert sum(float(row[1]) for row in table.rows[:3]) == 4.0
+
+
+def test_whose_processor_time_a_round_is(monkeypatch):
+    monkeypatch.setattr(simulation, "NUM_CORES", 2)
+    cells = {row[0]: row[1:] for row in simulation.processor_table(SETTINGS["overhead_bound"], [APP], [FLOOR]).rows}
+    assert cells[WORKERS] == ["6.00", "60.0 %", "7.00", "82.4 %"]
+    assert cells[RAY] == ["1.00", "10.0 %", "0.00", "0.0 %"]
+    assert cells["idle, or other load"] == ["2.00", "20.0 %", "1.00", "11.8 %"]
+
+
+def test_a_round_of_one_phase_has_the_clients_evaluate_in_it():
+    cells = simulation.parts_table(SETTINGS["overhead_bound_one_phase"], [APP], [FLOOR], EMPTY).rows
+    assert cells[1][0].endswith("copied into the model, evaluation")
+    assert cells[5][0] == "evaluation by the server"
