@@ -102,7 +102,7 @@ class LayerwiseStrategy(Strategy):
         if lora_merge not in cls.lora_merges:
             raise ConfigError(
                 f"{cls.__name__} merges adapters in its own way: lora.merge={lora_merge!r} is not one of: "
-                f"{', '.join(cls.lora_merges)}."
+                f"{', '.join(cls.lora_merges)}. Set lora.merge={cls.lora_merges[0]}."
             )
 
     # --- What a strategy decides ---------------------------------------------------------------------------

@@ -257,8 +257,19 @@ def explained(error: OmegaConfBaseException, path: str = "") -> str:
         last = str(error.key)
         where = key.removesuffix(last).rstrip(".")
         names = [str(name) for name in parent if name != "hydra"]  # Hydra's own settings are of no use here
-        return f"{where or 'The config'} has no key {last!r}; it has: {', '.join(names)}.{did_you_mean(last, names)}"
+        meant = _same_key_elsewhere(parent, last) or did_you_mean(last, names)
+        return f"{where or 'The config'} has no key {last!r}; it has: {', '.join(names)}.{meant}"
     return f"{key or 'The config'}: {first_line(error)}."
+
+
+def _same_key_elsewhere(parent: DictConfig, key: str) -> str:
+    """Suggest the group of the whole config that has a key, as a sentence with a blank before it; else return ""."""
+    root = parent._get_root()
+    assert isinstance(root, DictConfig)
+    groups = [
+        str(name) for name, group in root.items_ex(resolve=False) if isinstance(group, DictConfig) and key in group
+    ]
+    return f" Did you mean '{groups[0]}.{key}'?" if groups else ""
 
 
 def first_line(error: Exception) -> str:

@@ -191,6 +191,12 @@ REFUSALS = {
     "train=fast": "train='fast' is not one of: default.",
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
     "max_steps, augment, device, precision, compile, channels_last. Did you mean 'lr'?",
+    "lr=1": "The config has no key 'lr'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
+    "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker. Did you "
+    "mean 'train.lr'?",
+    "strategy=fedlama strategy.factor=4": "strategy has no key 'factor'; it has: name, fraction_train, min_clients, "
+    "min_available_clients, wait_for_clients, max_failed_rounds, evaluate_clients, evaluate_every, evaluate_tuned. Did "
+    "you mean 'schedule.factor'?",
     "foo=1": "The config has no key 'foo'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
     "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker.",
     "+train.foo=1": "train has no key 'foo'; it has: optimizer, ",
@@ -231,7 +237,8 @@ COMBINATIONS = {
     "strategy=livar strategy.table=nope": "strategy.table='nope' is neither one of cifar100_derived, published nor a ",
     "strategy=livar strategy.variance_model=frozen": "Signals of the frozen model or of raw images are taken after ",
     "strategy=livar strategy.variance_images=raw": "Signals of the frozen model or of raw images are taken after ",
-    "strategy=fisher lora.merge=product_svd": "Fisher merges adapters in its own way: lora.merge='product_svd' is not ",
+    "strategy=fisher lora.merge=product_svd": "Fisher merges adapters in its own way: lora.merge='product_svd' is not "
+    "one of: factors. Set lora.merge=factors.",
     "strategy=regmean lora.merge=product_svd": "RegMean merges adapters in its own way: ",
     "strategy=pfedla lora.merge=product_svd": "PFedLa merges adapters in its own way: ",
     "strategy=heur_pfedla record_updates=true": "record_updates=true needs one model for all, which strategy=heur_",

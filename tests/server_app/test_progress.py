@@ -111,6 +111,6 @@ def test_a_run_is_summed_up_in_a_table():
         "  rounds             2 merged of 2",
         "  updates            4 merged, 1 dropped",
         "  traffic            3.0 MB down, 1.5 MB up",
-        "  time               6.0 s in rounds",
+        "  time               4.0 s in rounds",
         "  run folder         runs/a",
     ]

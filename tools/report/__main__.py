@@ -1,6 +1,6 @@
 """Make one self-contained HTML page about one or several runs.
 
-Run: ``python -m tools.report RUN [RUN ...] --out FILE``. A run that is still going on is shown as far as it
+Run: ``python -m tools.report RUN [RUN ...] [--out FILE]``. A run that is still going on is shown as far as it
 is. Where the data of a run does not come with the app, ``--data`` says where it lies, for the map of who holds which
 classes.
 """
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, such as report.html")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder of the runs' data, as in PETALWISE_DATA")
     given = parser.parse_args(arguments)
     if given.data is not None:
