@@ -70,12 +70,20 @@ class HypernetworkBank:
                 wider[name][client] = value
         self.parameters = wider
 
-    def weights(self, clients: Sequence[int]) -> Tensor:
-        """Compute alpha_i = HN_i(v_i) of some clients, float32 [len(clients), units, clients]; rows sum to one."""
-        chosen = torch.tensor(clients, dtype=torch.int64)
-        return self._forward({name: value[chosen] for name, value in self.parameters.items()}, chosen)
+    def weights(self, clients: Sequence[int], among: Tensor | None = None) -> Tensor:
+        """Compute alpha_i = HN_i(v_i) of some clients, float32 [len(clients), units, clients]; rows sum to one.
 
-    def step(self, clients: Sequence[int], gain: Tensor) -> None:
+        Parameters
+        ----------
+        clients : Sequence[int]
+            The i.
+        among : Tensor, bool, [clients], optional
+            The j that may have weight, at least one; all by default.
+        """
+        chosen = torch.tensor(clients, dtype=torch.int64)
+        return self._forward({name: value[chosen] for name, value in self.parameters.items()}, chosen, among)
+
+    def step(self, clients: Sequence[int], gain: Tensor, among: Tensor | None = None) -> None:
         """Take one gradient step up sum_{l,j} alpha_i[l,j] G_i[l,j], for every client i apart.
 
         One after another, in place: all parameters and gradients of a cohort at once would be larger than the store.
@@ -86,18 +94,20 @@ class HypernetworkBank:
             The i, distinct.
         gain : Tensor, float32, [len(clients), units, clients]
             G_i[l,j] = <theta_j^l, Delta_i^l>, held constant; 0 where a unit gives no gradient.
+        among : Tensor, bool, [clients], optional
+            As in :meth:`weights`.
         """
         for client, wanted in zip(clients, gain, strict=True):
             own = {
                 name: value[client : client + 1].detach().requires_grad_() for name, value in self.parameters.items()
             }
-            objective = (self._forward(own, torch.tensor([client])) * wanted).sum()
+            objective = (self._forward(own, torch.tensor([client]), among) * wanted).sum()
             gradients = torch.autograd.grad(objective, list(own.values()))
             with torch.no_grad():
                 for mine, gradient in zip(own.values(), gradients, strict=True):
                     mine.add_(gradient, alpha=self.learning_rate)
 
-    def _forward(self, own: dict[str, Tensor], clients: Tensor) -> Tensor:
+    def _forward(self, own: dict[str, Tensor], clients: Tensor, among: Tensor | None) -> Tensor:
         hidden = own["embedding"]
         for depth in range(DEPTH):
             weight, bias = own[f"trunk.{depth}.weight"], own[f"trunk.{depth}.bias"]
@@ -105,6 +115,8 @@ class HypernetworkBank:
         logits = torch.einsum("kunh,kh->kun", own["output.weight"], hidden) + own["output.bias"]
         itself = F.one_hot(clients, logits.shape[-1]).to(logits.dtype)[:, None, :]
         logits = logits + self.self_bias * itself
+        if among is not None:
+            logits = logits.masked_fill(~among, -math.inf)
         return logits.softmax(-1) if self.positivity == "softmax" else relu_sum(logits, itself)
 
     def _drawn(self, client: int, num_clients: int) -> dict[str, Tensor]:

@@ -58,11 +58,12 @@ class ModelStore:
             flat[:, part] = mixed_unit(alpha[:, number], self.units[unit])
         return flat
 
-    def mean(self) -> Tensor:
-        """Average all clients' models, float32 [n]."""
+    def mean(self, among: Tensor | None = None) -> Tensor:
+        """Average all clients' models, or those that a bool tensor [clients] names; float32 [n]."""
         flat = torch.empty(self.layout.size)
         for unit, part in self.layout.slices.items():
-            flat[part] = self.units[unit].mean(0, dtype=torch.float32)
+            rows = self.units[unit]
+            flat[part] = (rows if among is None else rows[among]).mean(0, dtype=torch.float32)
         return flat
 
 

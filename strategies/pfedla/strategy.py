@@ -38,6 +38,8 @@ class PFedLaConfig(StrategyConfig):
     """What the hypernetworks climb: inner products of models and updates, or, our own variant, their cosines."""
     retained: int = bounded(0, at_least=0)
     """Units with the highest self weight that a client keeps as they are (k of HeurpFedLA); 0: none."""
+    untrained: str = bounded("counted", choices=("counted", "left_out"))
+    """Whether initial models of clients that have not trained yet count in sums or, our own variant, do not."""
     store: str = bounded("float32", choices=("float32", "float16"))
     """How the server holds the clients' models."""
 
@@ -47,7 +49,8 @@ class PFedLa(KeepingStrategy):
 
     The global model, which the server evaluates and saves, is the plain mean of the clients' models. A client that
     joins late starts from the initial model, with a hypernetwork drawn for it; one that is absent keeps its last model
-    here, which goes on counting in the others' sums.
+    here, which goes on counting in the others' sums. With ``untrained=left_out`` neither sums nor mean count a client
+    before its first training.
 
     References
     ----------
@@ -61,6 +64,7 @@ class PFedLa(KeepingStrategy):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.clients: list[str] = []
+        self.trained: set[str] = set()
         self._known: dict[str, tuple[Tensor, list[int]]] = {}
 
     def configure_train(
@@ -116,16 +120,18 @@ class PFedLa(KeepingStrategy):
             gain[:, number] = exchange_unit(self.store.units[unit], new, chosen, alpha[:, number], cosine)
         for row, update in zip(gain, updates, strict=True):
             row[self._retained_numbers(update.client)] = 0.0
-        self.bank.step(chosen, gain)
+        self.bank.step(chosen, gain, self._counted())
+        self.trained |= {update.client for update in updates}
         if alpha.numel() <= MAX_REPORTED:
             self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
             self.report.details["alpha_clients"] = list(self.clients)
-        return self.store.mean()
+        return self.store.mean(self._counted())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state, the store, the hypernetworks, and who is where; large tensors are not copied."""
         return super().state_dict() | {
             "clients": list(self.clients),
+            "trained": sorted(self.trained),
             "initial": self.store.initial,
             "store": dict(self.store.units),
             "hypernetworks": dict(self.bank.parameters),
@@ -134,7 +140,7 @@ class PFedLa(KeepingStrategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self.clients = list(state["clients"])
+        self.clients, self.trained = list(state["clients"]), set(state["trained"])
         self._prepare(state["initial"])
         self.store.units = {unit: rows.clone() for unit, rows in state["store"].items()}
         self.bank.parameters = {name: value.clone() for name, value in state["hypernetworks"].items()}
@@ -162,6 +168,12 @@ class PFedLa(KeepingStrategy):
         """Weights [len(clients), units, clients], one-hot for what is retained; the same until the next step."""
         return torch.stack([self._weighing(client)[0] for client in clients])
 
+    def _counted(self) -> Tensor | None:
+        """Say which clients' models count; None: all, as while none has trained."""
+        if self.config.untrained == "counted" or not self.trained:
+            return None
+        return torch.tensor([client in self.trained for client in self.clients])
+
     def _retained_numbers(self, client: str) -> list[int]:
         """Numbers of the units that a client keeps as they are, ascending."""
         return self._weighing(client)[1]
@@ -170,7 +182,8 @@ class PFedLa(KeepingStrategy):
         """Weights of a client and the numbers of its retained units."""
         if client not in self._known:
             number = self.clients.index(client)
-            alpha, kept = self.bank.weights([number])[0], []  # one at a time: a batch would round in its own way
+            # One at a time: a batch would round in its own way.
+            alpha, kept = self.bank.weights([number], self._counted())[0], []
             if self.config.retained and self.last_round.get(client):
                 kept = sorted(alpha[:, number].topk(min(self.config.retained, len(alpha))).indices.tolist())
                 alpha[kept] = functional.one_hot(torch.tensor(number), alpha.shape[1]).float()

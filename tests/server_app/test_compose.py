@@ -192,8 +192,8 @@ REFUSALS = {
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
     "max_steps, augment, device, precision, compile, channels_last. Did you mean 'lr'?",
     "lr=1": "The config has no key 'lr'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
-    "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker. Did you "
-    "mean 'train.lr'?",
+    "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker. Did "
+    "you mean 'train.lr'?",
     "strategy=fedlama strategy.factor=4": "strategy has no key 'factor'; it has: name, fraction_train, min_clients, "
     "min_available_clients, wait_for_clients, max_failed_rounds, evaluate_clients, evaluate_every, evaluate_tuned. Did "
     "you mean 'schedule.factor'?",

@@ -81,6 +81,21 @@ def test_a_small_step_climbs_and_leaves_the_others_alone(positivity):
     assert torch.equal(together.weights([0, 2, 3]), others)
 
 
+@pytest.mark.parametrize("positivity", FORMS)
+def test_whoever_is_left_out_has_no_weight_and_no_gradient(positivity):
+    together, gain = bank(positivity=positivity, learning_rate=0.1), torch.randn(2, 3, 4)
+    among = torch.tensor([True, False, True, False])
+    alpha, whole = together.weights([0, 1], among), together.weights([0, 1])
+    assert bool((alpha[:, :, ~among] == 0).all())
+    torch.testing.assert_close(alpha[:, :, among], whole[:, :, among] / whole[:, :, among].sum(-1, keepdim=True))
+    before = together.parameters["output.weight"].clone()
+    together.step([0, 1], gain, among)
+    moved = (together.parameters["output.weight"] != before).flatten(3).any(-1)
+    assert bool(moved[:2, :, among].any())
+    assert not bool(moved[:, :, ~among].any())
+    assert (together.weights([0, 1], among) * gain).sum() > (alpha * gain).sum()
+
+
 def test_the_order_of_clients_changes_nothing():
     one, other, gain = bank(), bank(), torch.randn(3, 3, 4)
     one.step([0, 1, 3], gain)

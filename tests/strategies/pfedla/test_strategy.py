@@ -132,6 +132,35 @@ def test_a_client_that_joins_late_starts_from_a_mixture_with_the_initial_model()
     np.testing.assert_array_equal(stored(strategy, "9"), last)
 
 
+@pytest.mark.parametrize("options", [{}, {"positivity": "relu_sum"}, {"gain": "cosine"}])
+def test_untrained_clients_are_left_out_of_sums_and_of_the_mean(options):
+    clients = [str(i) for i in range(10)]
+    asked = {"clients": clients, "fraction_train": 0.3, "untrained": "left_out", **options}
+    flat, strategy, reports, script = run(rounds=3, **asked)
+    trained, left = set(), {}
+    for report in reports[1:]:
+        alpha = np.array(report.details["alpha"])
+        if trained:
+            assert (alpha[..., [int(client) for client in clients if client not in trained]] == 0).all()
+        for client, weights in zip(report.clients_used, alpha, strict=True):
+            rows = np.stack([left.get(name, INITIAL) for name in clients])
+            expected = np.concatenate(
+                [row @ rows[:, part] for row, part in zip(weights, LAYOUT.slices.values(), strict=True)]
+            )
+            start = starts(script)[client, report.server_round]
+            np.testing.assert_allclose(start, expected, atol=5e-3)
+        number = report.server_round
+        left |= {name: drifting(name, number, starts(script)[name, number]) for name in report.clients_used}
+        trained |= set(report.clients_used)
+    assert 3 < len(trained) < 10
+    np.testing.assert_allclose(flat, np.mean([left[name] for name in sorted(trained)], axis=0), rtol=1e-4, atol=1e-5)
+    other = make_strategy("pfedla", untrained="left_out", **options)
+    other.load_state_dict(strategy.state_dict())
+    other.codec = strategy.codec
+    for name in clients:
+        assert torch.equal(*(next(iter(one.models_for([name]))) for one in (other, strategy)))
+
+
 def test_all_units_retained_is_training_alone():
     _, strategy, _, script = run(rounds=4, retained=3)
     for name in NAMES:
