@@ -138,12 +138,12 @@ class PFedLa(KeepingStrategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state that :meth:`state_dict` returned."""
+        """Take over the state that :meth:`state_dict` returned; its tensors are this strategy's from now on."""
         super().load_state_dict(state)
-        self.clients, self.trained = list(state["clients"]), set(state["trained"])
+        self.clients, self.trained = [], set(state["trained"])
         self._prepare(state["initial"])
-        self.store.units = {unit: rows.clone() for unit, rows in state["store"].items()}
-        self.bank.parameters = {name: value.clone() for name, value in state["hypernetworks"].items()}
+        self.clients += state["clients"]
+        self.store.units, self.bank.parameters = dict(state["store"]), dict(state["hypernetworks"])
         self._known.clear()
 
     def _admit(self) -> None:

@@ -211,11 +211,13 @@ def test_a_state_goes_on_where_it_was():
 
 
 def test_a_state_has_the_large_tensors_themselves():
-    """A checkpoint is to cost no second store."""
+    """A checkpoint is to cost no second store, nor is a resume."""
     _, strategy, _, _ = run()
-    state = strategy.state_dict()
-    assert all(state["store"][unit] is rows for unit, rows in strategy.store.units.items())
-    assert all(state["hypernetworks"][name] is value for name, value in strategy.bank.parameters.items())
+    state, other = strategy.state_dict(), make_strategy("pfedla")
+    other.load_state_dict(state)
+    for one in (strategy, other):
+        assert all(state["store"][unit] is rows for unit, rows in one.store.units.items())
+        assert all(state["hypernetworks"][name] is value for name, value in one.bank.parameters.items())
 
 
 def test_personal_models_are_those_that_are_sent_and_the_store_is_read_once_for_many(tmp_path, monkeypatch):
