@@ -77,8 +77,8 @@ class HypernetworkBank:
         ----------
         clients : Sequence[int]
             The i.
-        among : Tensor, bool, [clients], optional
-            The j that may have weight, at least one; all by default.
+        among : Tensor, bool, [len(clients), clients], optional
+            The j that may have weight for each i, at least one; all by default.
         """
         chosen = torch.tensor(clients, dtype=torch.int64)
         return self._forward({name: value[chosen] for name, value in self.parameters.items()}, chosen, among)
@@ -94,14 +94,15 @@ class HypernetworkBank:
             The i, distinct.
         gain : Tensor, float32, [len(clients), units, clients]
             G_i[l,j] = <theta_j^l, Delta_i^l>, held constant; 0 where a unit gives no gradient.
-        among : Tensor, bool, [clients], optional
+        among : Tensor, bool, [len(clients), clients], optional
             As in :meth:`weights`.
         """
-        for client, wanted in zip(clients, gain, strict=True):
+        for row, client in enumerate(clients):
             own = {
                 name: value[client : client + 1].detach().requires_grad_() for name, value in self.parameters.items()
             }
-            objective = (self._forward(own, torch.tensor([client]), among) * wanted).sum()
+            allowed = None if among is None else among[row : row + 1]
+            objective = (self._forward(own, torch.tensor([client]), allowed) * gain[row]).sum()
             gradients = torch.autograd.grad(objective, list(own.values()))
             with torch.no_grad():
                 for mine, gradient in zip(own.values(), gradients, strict=True):
@@ -116,7 +117,7 @@ class HypernetworkBank:
         itself = F.one_hot(clients, logits.shape[-1]).to(logits.dtype)[:, None, :]
         logits = logits + self.self_bias * itself
         if among is not None:
-            logits = logits.masked_fill(~among, -math.inf)
+            logits = logits.masked_fill(~among[:, None, :], -math.inf)
         return logits.softmax(-1) if self.positivity == "softmax" else relu_sum(logits, itself)
 
     def _drawn(self, client: int, num_clients: int) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ class PFedLaConfig(StrategyConfig):
     """What the hypernetworks climb: inner products of models and updates, or, our own variant, their cosines."""
     retained: int = bounded(0, at_least=0)
     """Units with the highest self weight that a client keeps as they are (k of HeurpFedLA); 0: none."""
-    untrained: str = bounded("counted", choices=("counted", "left_out"))
-    """Whether initial models of clients that have not trained yet count in sums or, our own variant, do not."""
+    max_age: int = bounded(0, at_least=0)
+    """Rounds for which a model counts in others' sums after its client's training, our own variant; 0: for ever."""
     store: str = bounded("float32", choices=("float32", "float16"))
     """How the server holds the clients' models."""
 
@@ -49,8 +49,8 @@ class PFedLa(KeepingStrategy):
 
     The global model, which the server evaluates and saves, is the plain mean of the clients' models. A client that
     joins late starts from the initial model, with a hypernetwork drawn for it; one that is absent keeps its last model
-    here, which goes on counting in the others' sums. With ``untrained=left_out`` neither sums nor mean count a client
-    before its first training.
+    here, which goes on counting in the others' sums. With ``max_age`` it does not for long: sums are of a client's own
+    model and those that have been trained of late, and the global model is the mean of these.
 
     References
     ----------
@@ -64,7 +64,7 @@ class PFedLa(KeepingStrategy):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.clients: list[str] = []
-        self.trained: set[str] = set()
+        self.trained: dict[str, int] = {}
         self._known: dict[str, tuple[Tensor, list[int]]] = {}
 
     def configure_train(
@@ -120,18 +120,18 @@ class PFedLa(KeepingStrategy):
             gain[:, number] = exchange_unit(self.store.units[unit], new, chosen, alpha[:, number], cosine)
         for row, update in zip(gain, updates, strict=True):
             row[self._retained_numbers(update.client)] = 0.0
-        self.bank.step(chosen, gain, self._counted())
-        self.trained |= {update.client for update in updates}
+        self.bank.step(chosen, gain, self._counted(chosen))
+        self.trained |= {update.client: server_round for update in updates}
         if alpha.numel() <= MAX_REPORTED:
             self.report.details["alpha"] = [[[round(w, 4) for w in row] for row in one] for one in alpha.tolist()]
             self.report.details["alpha_clients"] = list(self.clients)
-        return self.store.mean(self._counted())
+        return self.store.mean(self._recent())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state, the store, the hypernetworks, and who is where; large tensors are not copied."""
         return super().state_dict() | {
             "clients": list(self.clients),
-            "trained": sorted(self.trained),
+            "trained": dict(self.trained),
             "initial": self.store.initial,
             "store": dict(self.store.units),
             "hypernetworks": dict(self.bank.parameters),
@@ -140,7 +140,7 @@ class PFedLa(KeepingStrategy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state that :meth:`state_dict` returned; its tensors are this strategy's from now on."""
         super().load_state_dict(state)
-        self.clients, self.trained = [], set(state["trained"])
+        self.clients, self.trained = [], dict(state["trained"])
         self._prepare(state["initial"])
         self.clients += state["clients"]
         self.store.units, self.bank.parameters = dict(state["store"]), dict(state["hypernetworks"])
@@ -168,11 +168,20 @@ class PFedLa(KeepingStrategy):
         """Weights [len(clients), units, clients], one-hot for what is retained; the same until the next step."""
         return torch.stack([self._weighing(client)[0] for client in clients])
 
-    def _counted(self) -> Tensor | None:
-        """Say which clients' models count; None: all, as while none has trained."""
-        if self.config.untrained == "counted" or not self.trained:
+    def _recent(self) -> Tensor | None:
+        """Say whose models are not too old to count, bool [clients]; None: all, as while none has trained."""
+        if not self.config.max_age or not self.trained:
             return None
-        return torch.tensor([client in self.trained for client in self.clients])
+        oldest = max(1, max(self.trained.values()) - self.config.max_age + 1)
+        return torch.tensor([self.trained.get(client, 0) >= oldest for client in self.clients])
+
+    def _counted(self, numbers: Sequence[int]) -> Tensor | None:
+        """Say whose models count for some clients, bool [len(numbers), clients]: those of late, and their own."""
+        recent = self._recent()
+        if recent is None:
+            return None
+        itself = functional.one_hot(torch.tensor(numbers), len(recent)).bool()
+        return recent | (itself & torch.tensor([client in self.trained for client in self.clients]))
 
     def _retained_numbers(self, client: str) -> list[int]:
         """Numbers of the units that a client keeps as they are, ascending."""
@@ -183,7 +192,7 @@ class PFedLa(KeepingStrategy):
         if client not in self._known:
             number = self.clients.index(client)
             # One at a time: a batch would round in its own way.
-            alpha, kept = self.bank.weights([number], self._counted())[0], []
+            alpha, kept = self.bank.weights([number], self._counted([number]))[0], []
             if self.config.retained and self.last_round.get(client):
                 kept = sorted(alpha[:, number].topk(min(self.config.retained, len(alpha))).indices.tolist())
                 alpha[kept] = functional.one_hot(torch.tensor(number), alpha.shape[1]).float()

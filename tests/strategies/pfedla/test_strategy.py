@@ -133,28 +133,32 @@ def test_a_client_that_joins_late_starts_from_a_mixture_with_the_initial_model()
 
 
 @pytest.mark.parametrize("options", [{}, {"positivity": "relu_sum"}, {"gain": "cosine"}])
-def test_untrained_clients_are_left_out_of_sums_and_of_the_mean(options):
-    clients = [str(i) for i in range(10)]
-    asked = {"clients": clients, "fraction_train": 0.3, "untrained": "left_out", **options}
-    flat, strategy, reports, script = run(rounds=3, **asked)
-    trained, left = set(), {}
+@pytest.mark.parametrize("max_age", [1, 2, 9])
+def test_models_that_are_too_old_count_for_nobody_else(options, max_age):
+    clients, rounds = [str(i) for i in range(10)], 4
+    asked = {"clients": clients, "fraction_train": 0.3, "max_age": max_age, **options}
+    flat, strategy, reports, script = run(rounds=rounds, **asked)
+    left, trained = {}, {}
+
+    def recent():
+        return {name for name, number in trained.items() if number > report.server_round - 1 - max_age}
+
     for report in reports[1:]:
-        alpha = np.array(report.details["alpha"])
-        if trained:
-            assert (alpha[..., [int(client) for client in clients if client not in trained]] == 0).all()
+        number, alpha = report.server_round, np.array(report.details["alpha"])
         for client, weights in zip(report.clients_used, alpha, strict=True):
+            counted = recent() | ({client} & set(trained)) if trained else set(clients)
+            assert (weights[:, [int(name) for name in clients if name not in counted]] == 0).all()
             rows = np.stack([left.get(name, INITIAL) for name in clients])
             expected = np.concatenate(
                 [row @ rows[:, part] for row, part in zip(weights, LAYOUT.slices.values(), strict=True)]
             )
-            start = starts(script)[client, report.server_round]
-            np.testing.assert_allclose(start, expected, atol=5e-3)
-        number = report.server_round
+            np.testing.assert_allclose(starts(script)[client, number], expected, atol=5e-3)
         left |= {name: drifting(name, number, starts(script)[name, number]) for name in report.clients_used}
-        trained |= set(report.clients_used)
+        trained |= dict.fromkeys(report.clients_used, number)
     assert 3 < len(trained) < 10
-    np.testing.assert_allclose(flat, np.mean([left[name] for name in sorted(trained)], axis=0), rtol=1e-4, atol=1e-5)
-    other = make_strategy("pfedla", untrained="left_out", **options)
+    late = [left[name] for name, number in trained.items() if number > rounds - max_age]
+    np.testing.assert_allclose(flat, np.mean(late, axis=0), rtol=1e-4, atol=1e-5)
+    other = make_strategy("pfedla", max_age=max_age, **options)
     other.load_state_dict(strategy.state_dict())
     other.codec = strategy.codec
     for name in clients:
