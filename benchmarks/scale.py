@@ -211,7 +211,7 @@ ROWS = (
         "written)",
         aim=1.5,
     ),
-    Row("svd_merge_10_vit_b_r16", "seconds", "`lora.merge=product_svd` of 10 ViT-B adapters", " s"),
+    Row("svd_merge_10_vit_b_r16", "seconds", "`lora.merge=product_svd` of 10 ViT-B adapters", " s", 2.0),
     Row("svd_merge_100_vit_b_r16", "seconds", "the same of 100", " s"),
 )
 
