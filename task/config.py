@@ -263,13 +263,12 @@ def explained(error: OmegaConfBaseException, path: str = "") -> str:
 
 
 def _same_key_elsewhere(parent: DictConfig, key: str) -> str:
-    """Suggest the group of the whole config that has a key, as a sentence with a blank before it; else return ""."""
+    """Suggest one or two groups of the whole config that have a key, as a sentence with a blank before it; else ""."""
     root = parent._get_root()
-    assert isinstance(root, DictConfig)
-    groups = [
-        str(name) for name, group in root.items_ex(resolve=False) if isinstance(group, DictConfig) and key in group
-    ]
-    return f" Did you mean '{groups[0]}.{key}'?" if groups else ""
+    groups = root.items_ex(resolve=False) if isinstance(root, DictConfig) else ()
+    found = [name for name, group in groups if isinstance(group, DictConfig) and key in group and name != "hydra"]
+    meant = " or ".join(f"'{name!s}.{key}'" for name in found)
+    return f" Did you mean {meant}?" if 0 < len(found) <= 2 else ""
 
 
 def first_line(error: Exception) -> str:

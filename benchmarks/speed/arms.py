@@ -86,7 +86,7 @@ class AppArm:
         seconds = [report["seconds"] for report in reports[1:]][setting.steady]
         adapter = {canonical_name(name): value for name, value in saved.items()}
         rounds = [taken["total"] + taken["keep"] for taken in seconds]
-        return ArmRun(rounds, mean_of_each(seconds), adapter, watch.per_round())
+        return ArmRun(rounds, mean_of_each(seconds), adapter, watch.cores_used())
 
 
 class TutorialArm:

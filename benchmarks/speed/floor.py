@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks.speed.processor import processor_seconds_here
+from benchmarks.speed.processor import ProcessorTime, cores_used
 from benchmarks.speed.settings import NUM_WORKERS, Setting
 from client_app.node import Node
 from client_app.worker import Worker
@@ -42,8 +42,8 @@ class ArmRun:
     """Seconds of the parts of a measured round, mean."""
     adapter: dict[str, Tensor]
     """Adapter and head after the last round, by name; empty where nothing is trained."""
-    processor: dict[str, float] = field(default_factory=dict)
-    """Processor seconds of a steady round, by whose they are; empty where that is not measured."""
+    cores: dict[str, float] = field(default_factory=dict)
+    """How many cores a steady round keeps busy, by whose work it is; empty where that is not measured."""
 
 
 class FloorWorker:
@@ -155,15 +155,14 @@ class Floor:
 
     def run(self, pool: Executor) -> ArmRun:
         """Run all rounds over a pool of workers, and keep the times of the steady ones."""
-        taken, used = [], []
+        taken, noted, processor = [], [], ProcessorTime()
         for server_round in range(1, self.setting.rounds + 1):
             taken.append(self._round(pool, server_round))
-            used.append(processor_seconds_here())
-        taken, last = taken[self.setting.steady], used[self.setting.steady][-1]
-        processor = {whose: (last[whose] - used[0][whose]) / len(taken) for whose in last}
+            noted.append(processor.note_here())
+        taken, cores = taken[self.setting.steady], cores_used(noted[0], noted[self.setting.steady][-1])
         views = self.model.layout.views(self.received)
         adapter = {name: value.clone() for name, value in views.items()}
-        return ArmRun([sum(parts.values()) for parts in taken], mean_of_each(taken), adapter, processor)
+        return ArmRun([sum(parts.values()) for parts in taken], mean_of_each(taken), adapter, cores)
 
     def _round(self, pool: Executor, server_round: int) -> dict[str, float]:
         """Train the cohort, average, let clients and the server evaluate; seconds by part."""
@@ -176,9 +175,10 @@ class Floor:
         marks.append(time.perf_counter())
         self.received.copy_(weighted_mean(self.trained[cohort], counts))
         marks.append(time.perf_counter())
-        list(pool.map(_evaluate, [] if along else range(self.clients)))
+        evaluating = pool.map(_evaluate, [] if along else range(self.clients))
         self.model.flat.detach().copy_(self.received)
-        evaluate(self.model, self.test, self.normaliser)
+        evaluate(self.model, self.test, self.normaliser)  # while the clients do, as in the app
+        list(evaluating)
         marks.append(time.perf_counter())
         names = ("train", "aggregate", "evaluate")
         return {name: marks[number + 1] - marks[number] for number, name in enumerate(names)}

@@ -1,8 +1,13 @@
-"""Whose processor time a round is: that of clients, of the server, of Flower's own processes, of Ray's."""
+"""Whose work keeps the cores busy in a round: clients', the server's, that of Flower's own processes, of Ray's."""
 
+import multiprocessing
+import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,7 +17,12 @@ import psutil
 from tools.processes import MarkedProcesses
 
 POLL_SECONDS = 0.1
-WORKERS, SERVER, FLOWER, RAY = "clients' processes", "the ServerApp and Flower's engine", "Flower's others", "Ray's own"
+WORKERS, SERVER, FLOWER, RAY = (
+    "clients' processes",
+    "the server's process, with Flower's engine",
+    "Flower's others",
+    "Ray's own",
+)
 COMMANDS = {
     "ray::ClientAppActor": WORKERS,
     "flwr-simulation": SERVER,
@@ -32,21 +42,42 @@ def owner(command: Sequence[str]) -> str:
     return RAY
 
 
-def processor_seconds(processes: Iterable[psutil.Process]) -> dict[str, float]:
-    """Sum the processor time that live processes have used, user's and system's, by whose they are."""
-    found = dict.fromkeys((WORKERS, SERVER, FLOWER, RAY), 0.0)
-    for process in processes:
-        with suppress(psutil.Error):  # it has just ended
-            times = process.cpu_times()
-            found[owner(process.cmdline())] += times.user + times.system
-    return found
+@dataclass
+class ProcessorTime:
+    """Processor time, user's and system's, added up by whose it is, as it is noted from time to time.
+
+    A process that has ended since the last note keeps what was noted of it.
+    """
+
+    used: dict[str, float] = field(default_factory=lambda: dict.fromkeys((WORKERS, SERVER, FLOWER, RAY), 0.0))
+    """Seconds."""
+    _seen: dict[psutil.Process, float] = field(default_factory=dict)
+
+    def note(self, processes: Iterable[psutil.Process], whose: str | None = None) -> dict[str, float]:
+        """Add what processes have used since the last note; return the sums, and the time under ``clock``."""
+        for process in processes:
+            with suppress(psutil.Error):  # it has just ended
+                times = process.cpu_times()
+                seconds = times.user + times.system
+                self.used[whose or owner(process.cmdline())] += seconds - self._seen.get(process, 0.0)
+                self._seen[process] = seconds
+        return {**self.used, "clock": time.monotonic()}
+
+    def note_here(self) -> dict[str, float]:
+        """Do so for this process, as the server, and for those that it has made by multiprocessing, as clients."""
+        self.note([psutil.Process()], SERVER)
+        return self.note([psutil.Process(child.pid) for child in multiprocessing.active_children()], WORKERS)
 
 
-def processor_seconds_here() -> dict[str, float]:
-    """Sum the same for this process, as the server, and all below it, as clients."""
-    this = psutil.Process()
-    used = [sum(process.cpu_times()[:2]) for process in (this, *this.children(recursive=True))]
-    return {WORKERS: sum(used[1:]), SERVER: used[0]}
+def cores_used(first: dict[str, float], last: dict[str, float]) -> dict[str, float]:
+    """Divide what was used between two notes by the time between them: how many cores were busy, by whose work."""
+    seconds = last["clock"] - first["clock"]
+    return {whose: (last[whose] - first[whose]) / seconds for whose in first if whose != "clock"}
+
+
+def num_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class RoundWatch:
@@ -62,28 +93,27 @@ class RoundWatch:
 
     def __init__(self, processes: MarkedProcesses, runs_dir: Path) -> None:
         self._processes, self._runs_dir = processes, runs_dir
-        self._noted: list[dict[str, float]] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._time, self._noted = ProcessorTime(), list[dict[str, float]]()
+        self._stop, self._pool = threading.Event(), ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._watching = self._pool.submit(self._watch)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        self._pool.shutdown()
+        self._watching.result()
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
             ended = sum(len(file.read_bytes().splitlines()) for file in self._runs_dir.glob("*/metrics.jsonl"))
             if ended > len(self._noted):
-                found = processor_seconds(self._processes.find())
-                self._noted += [found] * (ended - len(self._noted))
+                noted = self._time.note(self._processes.find())
+                self._noted += [noted] * (ended - len(self._noted))
 
-    def per_round(self) -> dict[str, float]:
-        """Average the rounds between the first and the last; at the end of that one, processes may have gone."""
-        first, last, rounds = self._noted[1], self._noted[-2], len(self._noted) - 3
-        return {whose: (last[whose] - first[whose]) / rounds for whose in first}
+    def cores_used(self) -> dict[str, float]:
+        """Average the rounds between the first and the last, at whose end processes may have gone."""
+        return cores_used(self._noted[1], self._noted[-2])

@@ -1,4 +1,4 @@
-"""The two settings in which a simulation is measured: one bound by what happens around training, one by training."""
+"""What is simulated and measured: bound by what happens around training or by training, in two phases or in one."""
 
 from dataclasses import dataclass, replace
 

@@ -1,22 +1,20 @@
 """Rounds of a simulation against a plain loop, against a tutorial's Flower app, and beside an empty one."""
 
-import os
-
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.arms import AppArm, Arm, EmptyArm, FloorArm, TutorialArm
 from benchmarks.speed.floor import ArmRun, mean_of_each
+from benchmarks.speed.processor import num_cores
 from benchmarks.speed.ratios import Ratio
 from benchmarks.speed.results import Found, Table
 from benchmarks.speed.settings import SETTINGS, Setting
 from tools.simulation import SimulationSuperLink
 
-NUM_CORES = os.cpu_count() or 1
 SPEEDUP = 2.0
 """What is aimed at against the tutorial's app."""
 
 
 def measure(repeats: int) -> Found:
-    """Run all arms of both settings, in turn.
+    """Run all arms of all settings, in turn.
 
     Parameters
     ----------
@@ -31,7 +29,7 @@ def measure(repeats: int) -> Found:
             ratios[f"simulation_efficiency.{setting.name}"] = _paired(floors, apps, setting.target)
             size = sum(value.numel() for value in apps[0].adapter.values())
             empty = EmptyArm(link, size).run(setting)
-            tables += [parts_table(setting, apps, floors, empty), processor_table(setting, apps, floors)]
+            tables += [parts_table(setting, apps, floors, empty), cores_table(setting, apps, floors)]
             if setting.name == "overhead_bound":
                 tutorial = TutorialArm(link).run(setting)
                 check_same(tutorial.adapter, apps[0].adapter)
@@ -87,20 +85,13 @@ def parts_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun], empt
     return Table(f"Where a round goes: {setting.shown}", columns, cells)
 
 
-def processor_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun]) -> Table:
-    """Say whose processor time a steady round is, in seconds and as shares of what the cores have in that time."""
-    rows, columns = [], ["processor seconds per round", "`flwr run`", "share", "plain loop", "share"]
-    arms = [(mean_of_each([run.processor for run in runs]), mean_parts(runs)["round"]) for runs in (apps, floors)]
-    for whose in arms[0][0]:
-        rows.append([whose, *_of_the_cores(*((used.get(whose, 0.0), seconds) for used, seconds in arms))])
-    idle = ((NUM_CORES * seconds - sum(used.values()), seconds) for used, seconds in arms)
-    rows.append(["idle, or other load", *_of_the_cores(*idle)])
-    return Table(f"Whose processor time it is: {setting.shown}", columns, rows)
-
-
-def _of_the_cores(*figures: tuple[float, float]) -> list[str]:
-    """Format processor seconds, and their share of what the cores have in a round, of each arm."""
-    return [cell for used, seconds in figures for cell in (f"{used:.2f}", f"{100 * used / NUM_CORES / seconds:.1f} %")]
+def cores_table(setting: Setting, apps: list[ArmRun], floors: list[ArmRun]) -> Table:
+    """Say whose work keeps how many cores busy in a steady round, and how much of them is idle or other load's."""
+    arms = [mean_of_each([run.cores for run in runs]) for runs in (apps, floors)]
+    rows = {whose: [used.get(whose, 0.0) for used in arms] for whose in arms[0]}
+    rows["idle, or other load"] = [num_cores() - sum(used.values()) for used in arms]
+    cells = [[what, *(f"{value:.3f}" for value in values)] for what, values in rows.items()]
+    return Table(f"Whose work the cores do: {setting.shown}", ["cores", "`flwr run`", "plain loop"], cells)
 
 
 def mean_parts(runs: list[ArmRun]) -> dict[str, float]:

@@ -78,7 +78,7 @@ class HypernetworkBank:
         clients : Sequence[int]
             The i.
         among : Tensor, bool, [len(clients), clients], optional
-            The j that may have weight for each i, at least one; all by default.
+            The j that may have weight for each i, at least one, else i itself; all by default.
         """
         chosen = torch.tensor(clients, dtype=torch.int64)
         return self._forward({name: value[chosen] for name, value in self.parameters.items()}, chosen, among)

@@ -39,7 +39,7 @@ class PFedLaConfig(StrategyConfig):
     retained: int = bounded(0, at_least=0)
     """Units with the highest self weight that a client keeps as they are (k of HeurpFedLA); 0: none."""
     max_age: int = bounded(0, at_least=0)
-    """Rounds for which a model counts in others' sums after its client's training, our own variant; 0: for ever."""
+    """Merged rounds for which a model counts in others' sums after its training, our own variant; 0: for ever."""
     store: str = bounded("float32", choices=("float32", "float16"))
     """How the server holds the clients' models."""
 
@@ -138,12 +138,13 @@ class PFedLa(KeepingStrategy):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state that :meth:`state_dict` returned; its tensors are this strategy's from now on."""
+        """Take over the state that :meth:`state_dict` returned."""
         super().load_state_dict(state)
         self.clients, self.trained = [], dict(state["trained"])
         self._prepare(state["initial"])
         self.clients += state["clients"]
-        self.store.units, self.bank.parameters = dict(state["store"]), dict(state["hypernetworks"])
+        self.store.units = {unit: rows.clone() for unit, rows in state["store"].items()}
+        self.bank.parameters = {name: value.clone() for name, value in state["hypernetworks"].items()}
         self._known.clear()
 
     def _admit(self) -> None:

@@ -193,10 +193,12 @@ REFUSALS = {
     "max_steps, augment, device, precision, compile, channels_last. Did you mean 'lr'?",
     "lr=1": "The config has no key 'lr'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
     "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker. Did "
-    "you mean 'train.lr'?",
+    "you mean 'train.lr' or 'calibration.lr'?",
     "strategy=fedlama strategy.factor=4": "strategy has no key 'factor'; it has: name, fraction_train, min_clients, "
     "min_available_clients, wait_for_clients, max_failed_rounds, evaluate_clients, evaluate_every, evaluate_tuned. Did "
     "you mean 'schedule.factor'?",
+    "train.name=x": "train has no key 'name'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
+    "max_steps, augment, device, precision, compile, channels_last.",
     "foo=1": "The config has no key 'foo'; it has: backbone, lora, dataset, partition, train, seed, strategy, "
     "schedule, wire, num_server_rounds, round_timeout, runs_dir, privacy, calibration, record_updates, tracker.",
     "+train.foo=1": "train has no key 'foo'; it has: optimizer, ",
@@ -226,6 +228,11 @@ REFUSALS = {
     "schedule=fedluar strategy=regmean": "schedule=fedluar repeats the last change of A and B: it does not go with a "
     "strategy that merges products of its own accord, whose SVD ",
 }
+
+
+@pytest.mark.parametrize("overrides", ["train.name=x", "verbose=true", "train.sweep=1"])
+def test_nothing_is_suggested_that_several_groups_have_or_hydra_alone(overrides):
+    assert "Did you mean" not in refusal(overrides)
 
 
 @pytest.mark.parametrize(("overrides", "sentence"), REFUSALS.items(), ids=REFUSALS)

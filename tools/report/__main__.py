@@ -18,6 +18,8 @@ from task.errors import PetalwiseError
 from tools.report.page import render
 from tools.report.reading import read_runs
 
+DEFAULT = Path("runs", "report.html")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, make the page, and say where it is; return the exit code."""
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=DEFAULT, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder of the runs' data, as in PETALWISE_DATA")
     given = parser.parse_args(arguments)
     if given.data is not None:

@@ -2,7 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.apps import empty, tutorial
 from benchmarks.speed.floor import Floor, start_worker
+from benchmarks.speed.processor import num_cores
 from benchmarks.speed.settings import SETTINGS, Setting, one_phase
 from benchmarks.speed.step import Client, step_seconds, step_task
 from client_app.app import app
 from server_app.app import run_federation
 from task.config import task_to_json
 from task.errors import PetalwiseError
+from task.evaluation import evaluate
 from task.model import canonical_name
 from tools.debug import InProcessGrid, simulated_nodes
 
@@ -82,18 +84,18 @@ def test_the_app_the_plain_loop_and_the_tutorials_app_end_with_the_same_adapter(
     check_same(tutorial_adapter(tmp_path / "tutorial"), ours)
 
 
-def test_a_round_of_one_phase_ends_with_the_same_adapter_and_has_other_steady_rounds(monkeypatch):
-    evaluated = []
-    one = one_phase(replace(SMALL, rounds=3))
-    floor = Floor(one)
+@pytest.mark.parametrize(("setting", "evaluations"), [(SMALL, [5, 5]), (one_phase(SMALL), [3, 3, 5])])
+def test_the_plain_loop_evaluates_what_the_app_does(setting, evaluations, monkeypatch):
+    """The server, and all four clients in a phase of their own; or the cohort of two, but after the last round all."""
+    calls, ends, whole_round = [], [], Floor._round
+    monkeypatch.setattr("benchmarks.speed.floor.evaluate", lambda *given: calls.append(given) or evaluate(*given))
+    monkeypatch.setattr(Floor, "_round", lambda *given: (whole_round(*given), ends.append(len(calls)))[0])
+    floor = Floor(setting)
     with ThreadPoolExecutor(1, initializer=start_worker, initargs=floor.arguments) as pool:
-        monkeypatch.setattr("benchmarks.speed.floor._evaluate", lambda client: evaluated.append(client) or 0.0)
         found = floor.run(pool)
-    assert len(found.rounds) == one.rounds - 2
-    assert evaluated == list(range(SMALL.clients))
-    two = Floor(replace(SMALL, rounds=one.rounds))
-    with ThreadPoolExecutor(1, initializer=start_worker, initargs=two.arguments) as pool:
-        check_same(found.adapter, two.run(pool).adapter)
+    assert [end - before for before, end in pairwise([0, *ends])] == evaluations
+    assert len(found.rounds) == 1
+    assert 0 < sum(found.cores.values()) <= num_cores() + 0.2
 
 
 def test_arms_that_differ_are_not_compared():
@@ -117,7 +119,7 @@ def test_the_empty_app_measures_its_phases(tmp_path):
     assert [set(taken) for taken in rounds] == [{"train", "evaluate"}] * 2
 
 
-def test_both_settings_are_configs_of_the_app():
+def test_all_settings_are_configs_of_the_app():
     runs = {name: setting.compose() for name, setting in SETTINGS.items()}
     assert [run.settings.backbone.image_size for run in runs.values()] == [64, 64, 112, 112]
     assert [run.strategy.evaluate_clients for run in runs.values()] == ["phase", "train"] * 2

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
 
 import psutil
 import pytest
 
-from benchmarks.speed.processor import FLOWER, RAY, SERVER, WORKERS, RoundWatch, owner, processor_seconds_here
+from benchmarks.speed.processor import FLOWER, RAY, SERVER, WORKERS, ProcessorTime, RoundWatch, cores_used, owner
 from tools.processes import MarkedProcesses
 
 BUSY = "import time\nwhile time.process_time() < 0.4: pass\nprint(flush=True)\ninput()"
@@ -32,34 +34,72 @@ def test_a_process_is_known_by_its_command(command, whose):
     assert owner(command) == whose
 
 
-def test_what_processes_use_between_the_ends_of_rounds_is_averaged(tmp_path):
-    mark = str(tmp_path)
+def busy(**environment):
+    """Start a process that has used some 0.4 s of a core, and goes on when it reads a line."""
+    given = {**os.environ, **environment}
+    child = subprocess.Popen([sys.executable, "-c", BUSY], env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    return child
+
+
+def test_what_processes_use_between_the_first_rounds_end_and_the_last_buts_is_averaged(tmp_path):
     file = tmp_path / "run" / "metrics.jsonl"
     file.parent.mkdir()
-    with RoundWatch(MarkedProcesses("SPEED_TEST", mark), tmp_path) as watch:
-        for rounds in range(1, 5):
-            if rounds == 3:
-                child = subprocess.Popen(
-                    [sys.executable, "-c", BUSY],
-                    env={**os.environ, "SPEED_TEST": mark},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                )
-                child.stdout.readline()
+    children, began = [], 0.0
+    with RoundWatch(MarkedProcesses("SPEED_TEST", str(tmp_path)), tmp_path) as watch:
+        for rounds in range(1, 6):
+            if rounds == 2:
+                began = time.monotonic()
+            if rounds in (3, 4):
+                children.append(busy(SPEED_TEST=str(tmp_path)))
+            if rounds == 4:
+                children[0].communicate(b"\n")  # what has ended is not taken off again
             file.write_text("".join(f"{json.dumps({'round': number})}\n" for number in range(rounds)))
             deadline = time.monotonic() + 30
             while len(watch._noted) < rounds and time.monotonic() < deadline:
                 time.sleep(0.01)
-    child.communicate(b"\n")
-    found = watch.per_round()
-    assert found[RAY] >= 0.3  # one round between the first and the last, in which an unknown command ran
+    seconds = time.monotonic() - began
+    children[1].communicate(b"\n")
+    found = watch.cores_used()
+    assert found[RAY] > 0.7 / seconds  # an unknown command
     assert found[WORKERS] == found[SERVER] == 0.0
 
 
-def test_processes_below_this_one_are_the_clients():
-    child = subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    child.stdout.readline()
-    used = processor_seconds_here()
+def test_a_fault_while_watching_is_told(tmp_path):
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+
+    class Faulty:
+        def find(self):
+            raise RuntimeError("no processes here")
+
+    def watched():
+        with RoundWatch(Faulty(), tmp_path) as watch:
+            file.write_text("{}\n")
+            wait([watch._watching], 30)
+
+    with pytest.raises(RuntimeError, match="no processes here"):
+        watched()
+
+
+def test_only_processes_made_by_multiprocessing_are_the_clients_here():
+    child = busy()
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        used = pool.submit(spend, 0.4).result()
+        found = ProcessorTime().note_here()
     child.communicate(b"\n")
-    assert used[WORKERS] >= 0.3
-    assert used[SERVER] == pytest.approx(sum(psutil.Process().cpu_times()[:2]), abs=1.0)
+    assert found[WORKERS] >= used - 0.1
+    assert found[WORKERS] < 10
+    assert found[SERVER] == pytest.approx(sum(psutil.Process().cpu_times()[:2]), abs=1.0)
+    assert found[RAY] == found[FLOWER] == 0.0
+
+
+def spend(seconds):
+    while time.process_time() < seconds:
+        pass
+    return time.process_time()
+
+
+def test_cores_are_seconds_by_seconds():
+    first, last = {RAY: 1.0, "clock": 10.0}, {RAY: 4.0, "clock": 12.0}
+    assert cores_used(first, last) == {RAY: 1.5}

@@ -9,9 +9,9 @@ from benchmarks.speed.settings import SETTINGS
 
 ADAPTER = {"a": torch.ones(2)}
 APP_PARTS = {"train": 4.0, "wait": 0.5, "steps": 3.0, "aggregate": 0.1, "evaluate": 0.7, "total": 4.8, "keep": 0.2}
-APP = ArmRun([5.0, 5.0], APP_PARTS, ADAPTER, {WORKERS: 6.0, SERVER: 1.0, FLOWER: 0.0, RAY: 1.0})
+APP = ArmRun([5.0, 5.0], APP_PARTS, ADAPTER, {WORKERS: 1.5, SERVER: 0.2, FLOWER: 0.0, RAY: 0.1})
 FLOOR_PARTS = {"train": 3.5, "aggregate": 0.05, "evaluate": 0.7}
-FLOOR = ArmRun([4.0, 4.5], FLOOR_PARTS, ADAPTER, {WORKERS: 7.0, SERVER: 0.5})
+FLOOR = ArmRun([4.0, 4.5], FLOOR_PARTS, ADAPTER, {WORKERS: 1.75, SERVER: 0.125})
 EMPTY = ArmRun([0.2], {"train": 0.1, "evaluate": 0.1}, {})
 
 
@@ -41,12 +41,12 @@ def test_the_parts_of_a_round_and_their_shares():
     assert sum(float(row[1]) for row in table.rows[:3]) == 4.0
 
 
-def test_whose_processor_time_a_round_is(monkeypatch):
-    monkeypatch.setattr(simulation, "NUM_CORES", 2)
-    cells = {row[0]: row[1:] for row in simulation.processor_table(SETTINGS["overhead_bound"], [APP], [FLOOR]).rows}
-    assert cells[WORKERS] == ["6.00", "60.0 %", "7.00", "82.4 %"]
-    assert cells[RAY] == ["1.00", "10.0 %", "0.00", "0.0 %"]
-    assert cells["idle, or other load"] == ["2.00", "20.0 %", "1.00", "11.8 %"]
+def test_whose_work_the_cores_do(monkeypatch):
+    monkeypatch.setattr(simulation, "num_cores", lambda: 2)
+    cells = {row[0]: row[1:] for row in simulation.cores_table(SETTINGS["overhead_bound"], [APP], [FLOOR]).rows}
+    assert cells[WORKERS] == ["1.500", "1.750"]
+    assert cells[RAY] == ["0.100", "0.000"]
+    assert cells["idle, or other load"] == ["0.200", "0.125"]
 
 
 def test_a_round_of_one_phase_has_the_clients_evaluate_in_it():
