@@ -78,7 +78,7 @@ class AppArm:
     def run(self, setting: Setting) -> ArmRun:
         """Run it once, from the start."""
         with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
-            with RoundWatch(self._link.processes, Path(scratch)) as watch:
+            with RoundWatch(self._link.processes, Path(scratch), (1, setting.rounds - 1)) as watch:
                 _completed(self._link, APP, setting.run_config, setting.clients, Path(scratch))
             (folder,) = Path(scratch).iterdir()
             reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

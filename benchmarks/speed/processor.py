@@ -81,7 +81,7 @@ def num_cores() -> int:
 
 
 class RoundWatch:
-    """Notes the processor time of a run's processes whenever a round has ended; use it in a ``with`` statement.
+    """Notes the processor time of a run's processes when two of its rounds end; use it in a ``with`` statement.
 
     Parameters
     ----------
@@ -89,11 +89,12 @@ class RoundWatch:
         Those of the run.
     runs_dir : Path
         Where the run's folder appears, the only one.
+    rounds : Sequence[int]
+        After which to note, ascending; not after the last of the run, where processes may have gone.
     """
 
-    def __init__(self, processes: MarkedProcesses, runs_dir: Path) -> None:
-        self._processes, self._runs_dir = processes, runs_dir
-        self._time, self._noted = ProcessorTime(), list[dict[str, float]]()
+    def __init__(self, processes: MarkedProcesses, runs_dir: Path, rounds: Sequence[int]) -> None:
+        self._processes, self._runs_dir, self._rounds = processes, runs_dir, rounds
         self._stop, self._pool = threading.Event(), ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
@@ -105,15 +106,16 @@ class RoundWatch:
     ) -> None:
         self._stop.set()
         self._pool.shutdown()
-        self._watching.result()
+        self._noted = self._watching.result()
 
-    def _watch(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            ended = sum(len(file.read_bytes().splitlines()) for file in self._runs_dir.glob("*/metrics.jsonl"))
-            if ended > len(self._noted):
-                noted = self._time.note(self._processes.find())
-                self._noted += [noted] * (ended - len(self._noted))
+    def _watch(self) -> list[dict[str, float]]:
+        spent, noted = ProcessorTime(), list[dict[str, float]]()
+        while len(noted) < len(self._rounds) and not self._stop.wait(POLL_SECONDS):
+            lines = sum(len(file.read_bytes().splitlines()) for file in self._runs_dir.glob("*/metrics.jsonl"))
+            if lines > self._rounds[len(noted)]:  # the first is of round 0
+                noted.append(spent.note(self._processes.find()))
+        return noted
 
     def cores_used(self) -> dict[str, float]:
-        """Average the rounds between the first and the last, at whose end processes may have gone."""
-        return cores_used(self._noted[1], self._noted[-2])
+        """Average from the first note to the last."""
+        return cores_used(self._noted[0], self._noted[-1])

@@ -75,14 +75,14 @@ TWO_PHASES = (
     ),
     Setting(
         "compute_bound",
-        "DINOv2-S at 112 px, 4 clients, 3 steps of 16 images",
+        "DINOv2-S at 112 px, 4 clients, 10 steps of 16 images",
         clients=4,
         rounds=4,
         overrides=(
             "backbone=dinov2_small",
             "backbone.image_size=112",
-            "dataset.max_train_samples=280",
-            "train.max_steps=3",
+            "dataset.max_train_samples=800",
+            "train.max_steps=10",
             *RANDOM,
         ),
         target=0.98,
