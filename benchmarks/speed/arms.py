@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,8 @@ RUN_SECONDS = 1800.0
 """How long a run may take; a minute or two on two cores."""
 SHARED = ("task", "strategies", "conf")
 """Folders of the app that the others' bundles take along."""
+WHOLE = (*SHARED, "client_app", "server_app", "tools", "benchmarks/speed")
+"""Those that the plain loop needs."""
 
 PYPROJECT = """
 [project]
@@ -111,6 +113,22 @@ class TutorialArm:
         return ArmRun([b - a for a, b in pairwise(ended[1:])], {}, adapter)
 
 
+class BareArm:
+    """The Flower app in :mod:`benchmarks.speed.apps.bare`."""
+
+    def __init__(self, link: SimulationSuperLink) -> None:
+        self._link = link
+
+    def run(self, setting: Setting) -> ArmRun:
+        """Run it once, from the start."""
+        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
+            config = {"setting": setting.name}
+            out = run_other_app(self._link, "bare", config, setting.clients, Path(scratch), WHOLE)
+            found = json.loads((out / "found.json").read_text())
+            adapter = load_file(out / "adapter.safetensors")
+        return ArmRun(found["rounds"], found["parts"], adapter)
+
+
 class EmptyArm:
     """The Flower app in :mod:`benchmarks.speed.apps.empty`, with as many values and clients."""
 
@@ -130,7 +148,12 @@ class EmptyArm:
 
 
 def run_other_app(
-    link: SimulationSuperLink, name: str, config: Mapping[str, str | float], clients: int, scratch: Path
+    link: SimulationSuperLink,
+    name: str,
+    config: Mapping[str, str | float],
+    clients: int,
+    scratch: Path,
+    packages: Sequence[str] = SHARED,
 ) -> Path:
     """Put an app of :mod:`benchmarks.speed.apps` and what it imports into a folder of its own, and run it.
 
@@ -146,6 +169,8 @@ def run_other_app(
         Number of simulated nodes.
     scratch : Path
         An empty folder.
+    packages : Sequence[str], default :data:`SHARED`
+        Folders that it takes along.
 
     Returns
     -------
@@ -154,14 +179,14 @@ def run_other_app(
     """
     out = scratch / "out"
     out.mkdir()
-    app = write_app(name, {**config, "runs-dir": str(out)}, scratch / "app")
+    app = write_app(name, {**config, "runs-dir": str(out)}, scratch / "app", packages)
     _completed(link, app, [], clients, out)
     return out
 
 
-def write_app(name: str, config: Mapping[str, str | float], folder: Path) -> Path:
+def write_app(name: str, config: Mapping[str, str | float], folder: Path, packages: Sequence[str] = SHARED) -> Path:
     """Put an app of :mod:`benchmarks.speed.apps`, what it imports and its run config into a folder; return it."""
-    for package in SHARED:
+    for package in packages:
         shutil.copytree(APP / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).parent / "apps" / f"{name}.py", folder / f"{name}_app.py")
     shutil.copy(APP / "LICENSE", folder)

@@ -1,5 +1,7 @@
 """Rounds of a simulation against a plain loop, against a tutorial's Flower app, and beside an empty one."""
 
+from collections.abc import Sequence
+
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.arms import AppArm, Arm, EmptyArm, FloorArm, TutorialArm
 from benchmarks.speed.floor import ArmRun, mean_of_each
@@ -25,32 +27,31 @@ def measure(repeats: int) -> Found:
     ratios, tables = {}, []
     with SimulationSuperLink() as link:
         for setting in SETTINGS.values():
-            floors, apps = _in_turn(FloorArm(), AppArm(link), setting, repeats)
-            ratios[f"simulation_efficiency.{setting.name}"] = _paired(floors, apps, setting.target)
+            floors, apps = in_turn((FloorArm(), AppArm(link)), setting, repeats)
+            ratios[f"simulation_efficiency.{setting.name}"] = paired(floors, apps, setting.target)
             size = sum(value.numel() for value in apps[0].adapter.values())
             empty = EmptyArm(link, size).run(setting)
             tables += [parts_table(setting, apps, floors, empty), cores_table(setting, apps, floors)]
             if setting.name == "overhead_bound":
                 tutorial = TutorialArm(link).run(setting)
                 check_same(tutorial.adapter, apps[0].adapter)
-                ratios["naive_speedup"] = _paired([tutorial] * len(apps), apps, SPEEDUP)
+                ratios["naive_speedup"] = paired([tutorial] * len(apps), apps, SPEEDUP)
     return Found(ratios, tables)
 
 
-def _in_turn(floor: Arm, app: Arm, setting: Setting, repeats: int) -> tuple[list[ArmRun], list[ArmRun]]:
-    """Run two arms in turn, the second first every other time; their final adapters must agree."""
-    floors, apps = [], []
+def in_turn(arms: Sequence[Arm], setting: Setting, repeats: int) -> list[list[ArmRun]]:
+    """Run arms in turn, every other time in reverse order; their final adapters must agree. Runs of each arm."""
+    found: list[list[ArmRun]] = [[] for _ in arms]
     for repeat in range(repeats):
-        if repeat % 2:
-            apps.append(app.run(setting))
-        floors.append(floor.run(setting))
-        if not repeat % 2:
-            apps.append(app.run(setting))
-        check_same(apps[-1].adapter, floors[-1].adapter)
-    return floors, apps
+        order = range(len(arms))
+        for number in reversed(order) if repeat % 2 else order:
+            found[number].append(arms[number].run(setting))
+        for runs in found[1:]:
+            check_same(runs[-1].adapter, found[0][-1].adapter)
+    return found
 
 
-def _paired(over: list[ArmRun], under: list[ArmRun], target: float) -> Ratio:
+def paired(over: list[ArmRun], under: list[ArmRun], target: float | None = None) -> Ratio:
     """Divide round by round: the same round has the same cohort and the same batches in every arm."""
     return Ratio.between(
         [seconds for run in over for seconds in run.rounds],

@@ -10,7 +10,7 @@ from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
 from benchmarks.speed.agreement import check_same
-from benchmarks.speed.apps import empty, tutorial
+from benchmarks.speed.apps import bare, empty, tutorial
 from benchmarks.speed.floor import Floor, start_worker
 from benchmarks.speed.processor import num_cores
 from benchmarks.speed.settings import SETTINGS, Setting, one_phase
@@ -73,7 +73,16 @@ def tutorial_adapter(folder):
     return load_file(folder / "adapter.safetensors")
 
 
-def test_the_app_the_plain_loop_and_the_tutorials_app_end_with_the_same_adapter(tmp_path):
+def bare_adapter(folder):
+    bare.run_over(in_process(bare.client, {"setting": "small"}), Floor(SMALL), folder)
+    found = json.loads((folder / "found.json").read_text())
+    assert len(found["rounds"]) == SMALL.rounds - 1
+    assert set(found["parts"]) == {"train", "aggregate", "evaluate"}
+    return load_file(folder / "adapter.safetensors")
+
+
+def test_all_arms_end_with_the_same_adapter(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "small", SMALL)
     floor = Floor(SMALL)
     with ThreadPoolExecutor(1, initializer=start_worker, initargs=floor.arguments) as pool:
         found = floor.run(pool)
@@ -82,6 +91,7 @@ def test_the_app_the_plain_loop_and_the_tutorials_app_end_with_the_same_adapter(
     ours = app_adapter(tmp_path / "runs")
     check_same(found.adapter, ours)
     check_same(tutorial_adapter(tmp_path / "tutorial"), ours)
+    check_same(bare_adapter(tmp_path), ours)
 
 
 @pytest.mark.parametrize(("setting", "evaluations"), [(SMALL, [5, 5]), (one_phase(SMALL), [3, 3, 5])])

@@ -27,9 +27,9 @@ class Scripted:
 def test_arms_run_in_turn_and_rounds_are_the_pairs():
     order = []
     arms = (Scripted("floor", FLOOR, order), Scripted("app", APP, order))
-    floors, apps = simulation._in_turn(*arms, SETTINGS["overhead_bound"], repeats=2)
+    floors, apps = simulation.in_turn(arms, SETTINGS["overhead_bound"], repeats=2)
     assert order == ["floor", "app", "app", "floor"]
-    ratio = simulation._paired(floors, apps, 0.95)
+    ratio = simulation.paired(floors, apps, 0.95)
     assert (ratio.min, ratio.max, ratio.pairs) == (0.8, 0.9, 4)
 
 

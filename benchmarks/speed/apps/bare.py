@@ -1,0 +1,123 @@
+"""A Flower app with nothing around training but Flower: the plain loop, its processes exchanged for Flower's clients.
+
+What is between it and the plain loop is what Flower and Ray take; what is between it and the app is the app's own.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from safetensors.torch import save_file
+
+from benchmarks.speed.floor import Floor, FloorWorker, _train
+from benchmarks.speed.settings import SETTINGS
+
+POLL_SECONDS = 0.02
+client = ClientApp()
+server = ServerApp()
+
+
+@lru_cache(maxsize=1)
+def kept_worker(setting: str) -> FloorWorker:
+    """Make this process's worker, of the plain loop's kind, at its first message."""
+    floor = Floor(SETTINGS[setting])
+    task, clients, received, trained = floor.arguments
+    return FloorWorker(task, clients, received, trained)
+
+
+@client.query()
+def identify(message: Message, context: Context) -> Message:
+    """Tell which partition this node has."""
+    found = ConfigRecord({"client": context.node_config["partition-id"]})
+    return Message(RecordDict({"config": found}), reply_to=message)
+
+
+@client.train()
+def train_round(message: Message, context: Context) -> Message:
+    """Train as a process of the plain loop does."""
+    worker, number = receiving_worker(message, context), int(context.node_config["partition-id"])
+    asked = message.content.config_records["config"]
+    count = worker.train(number, int(str(asked["server-round"])), bool(asked["evaluating"]))
+    arrays, metrics = ArrayRecord([worker.trained[number].numpy()]), MetricRecord({"num-examples": count})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+@client.evaluate()
+def evaluate_round(message: Message, context: Context) -> Message:
+    """Evaluate as a process of the plain loop does."""
+    score = receiving_worker(message, context).evaluate(int(context.node_config["partition-id"]))
+    return Message(RecordDict({"metrics": MetricRecord({"accuracy": score})}), reply_to=message)
+
+
+def receiving_worker(message: Message, context: Context) -> FloorWorker:
+    """Return this process's worker with the values that a message brings."""
+    worker = kept_worker(str(context.run_config["setting"]))
+    (values,) = message.content.array_records["arrays"].to_numpy_ndarrays()
+    worker.received.copy_(torch.from_numpy(values))
+    return worker
+
+
+class GridPool(Executor):
+    """Stands for the plain loop's worker processes: what they are asked goes to Flower's clients as messages.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's.
+    nodes : dict[int, int]
+        Node ids by client.
+    floor : Floor
+        Whose values are sent, and whose rows take what clients have trained.
+    """
+
+    def __init__(self, grid: Grid, nodes: dict[int, int], floor: Floor) -> None:
+        self._grid, self._nodes, self._floor = grid, nodes, floor
+
+    def map(self, fn: Callable[..., Any], *iterables: Any, **_: Any) -> Iterator[Any]:
+        """Send messages at once, and wait for the replies when they are asked for."""
+        asked, kind = list(zip(*iterables, strict=False)), MessageType.TRAIN if fn is _train else MessageType.EVALUATE
+        arrays, messages = ArrayRecord([self._floor.received.numpy()]), []
+        for number, *more in asked:
+            config = ConfigRecord(dict(zip(("server-round", "evaluating"), more, strict=False)))
+            content = RecordDict({"arrays": arrays, "config": config})
+            messages.append(Message(content, self._nodes[number], kind))
+        return self._answers(list(self._grid.push_messages(messages)), [number for number, *_ in asked])
+
+    def _answers(self, ids: Sequence[str], clients: Sequence[int]) -> Iterator[int | float]:
+        replies: dict[str, Message] = {}
+        while len(replies) < len(ids):
+            found = self._grid.pull_messages([one for one in ids if one not in replies])
+            replies |= {reply.metadata.reply_to_message_id: reply for reply in found}
+            time.sleep(POLL_SECONDS)
+        for one, number in zip(ids, clients, strict=True):
+            content = replies[one].content
+            for values in content.array_records.values():
+                self._floor.trained[number].copy_(torch.from_numpy(values.to_numpy_ndarrays()[0]))
+            (answer,) = content.metric_records["metrics"].values()
+            yield answer  # type: ignore[misc]
+
+
+def run_over(grid: Grid, floor: Floor, out: Path) -> None:
+    """Run all rounds of the plain loop over Flower's clients; write what it measured and the final adapter."""
+    while len(ids := list(grid.get_node_ids())) < floor.clients:
+        time.sleep(0.1)
+    replies = grid.send_and_receive([Message(RecordDict(), node, MessageType.QUERY) for node in ids])
+    nodes = {int(str(r.content.config_records["config"]["client"])): r.metadata.src_node_id for r in replies}
+    found = floor.run(GridPool(grid, nodes, floor))
+    (out / "found.json").write_text(json.dumps({"rounds": found.rounds, "parts": found.parts}))
+    save_file(found.adapter, out / "adapter.safetensors")
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the setting that the run config names."""
+    config = context.run_config
+    run_over(grid, Floor(SETTINGS[str(config["setting"])]), Path(str(config["runs-dir"])))
