@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.ratios import Ratio, in_turn, seconds_of
 from benchmarks.speed.results import Found, Table
-from benchmarks.speed.settings import SETTINGS, Setting
+from benchmarks.speed.settings import TWO_PHASES, Setting
 from client_app.training import make_optimizer, train
 from task.backbone import build_backbone
 from task.config import TaskConfig
@@ -167,7 +167,7 @@ def measure(repeats: int) -> Found:
     torch.set_num_threads(1)
     try:
         ratios, tables = {}, []
-        for setting in SETTINGS.values():
+        for setting in TWO_PHASES:  # a step is the same in one
             client = Client(step_task(setting))
             by_arm = step_seconds(client, pairs=PAIRS * repeats)
             for key, arm, target in (("lora_step_efficiency", "app", TARGET), ("peft_step_efficiency", "peft", None)):

@@ -9,10 +9,12 @@ import torch
 from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 
+from benchmarks.speed import step
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.apps import bare, empty, tutorial
 from benchmarks.speed.floor import Floor, start_worker
 from benchmarks.speed.processor import num_cores
+from benchmarks.speed.results import Table
 from benchmarks.speed.settings import SETTINGS, Setting, one_phase
 from benchmarks.speed.step import Client, step_seconds, step_task
 from client_app.app import app
@@ -120,6 +122,18 @@ def test_arms_that_differ_are_not_compared():
 def test_the_step_of_the_app_of_peft_and_by_hand_are_measured_where_they_agree():
     taken = step_seconds(Client(step_task(SMALL)), pairs=2)
     assert {arm: len(seconds) for arm, seconds in taken.items()} == {"hand": 2, "peft": 2, "app": 2}
+
+
+def test_every_setting_whose_step_is_measured_has_a_number_of_steps(monkeypatch):
+    """What is measured of each is in the test above; here, that all of them are asked for."""
+    asked = []
+    monkeypatch.setattr(step, "Client", lambda task: asked.append(task.train.max_steps))
+    monkeypatch.setattr(step, "step_seconds", lambda client, pairs: {"hand": [1.0], "peft": [2.0], "app": [1.0]})
+    monkeypatch.setattr(step, "profile_table", lambda setting, client: Table(setting.name, [], []))
+    found = step.measure(1)
+    assert asked == [step.STEPS["overhead_bound"], step.STEPS["compute_bound"]]
+    assert found.ratios["peft_step_efficiency.compute_bound"].median == 0.5
+    assert [table.title for table in found.tables] == ["overhead_bound", "compute_bound"]
 
 
 def test_the_empty_app_measures_its_phases(tmp_path):
