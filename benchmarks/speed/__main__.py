@@ -1,7 +1,8 @@
 """Measure how fast the app is, and write docs/results/speed.md and runs/bench/speed.json.
 
 Run: ``python -m benchmarks.speed`` (``--only CASE``, ``--repeats N``). Every figure is a ratio of two measurements
-taken in turn in one run; other load on the machine widens its spread. Cases not run keep the figures they had.
+taken in turn in one run; other load on the machine widens its spread. Cases not run keep
+the figures that the JSON file has of them.
 """
 
 import argparse

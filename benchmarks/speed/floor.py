@@ -116,11 +116,13 @@ def start_process(task: str, clients: int, received: Tensor, trained: Tensor) ->
     start_worker(task, clients, received, trained)
 
 
-def _train(client: int, server_round: int, evaluating: bool) -> int:
+def train_client(client: int, server_round: int, evaluating: bool) -> int:
+    """Train one client in this process; see :meth:`FloorWorker.train`."""
     return _worker.train(client, server_round, evaluating)
 
 
-def _evaluate(client: int) -> float:
+def evaluate_client(client: int) -> float:
+    """Evaluate on one client's test images in this process."""
     return _worker.evaluate(client)
 
 
@@ -171,11 +173,11 @@ class Floor:
         everyone = [str(client) for client in range(self.clients)]
         drawn = draw_cohort(everyone, strategy.fraction_train, strategy.min_clients, task.seed, server_round)
         cohort, marks = [int(client) for client in drawn], [time.perf_counter()]
-        counts = list(pool.map(_train, cohort, repeat(server_round), repeat(along)))
+        counts = list(pool.map(train_client, cohort, repeat(server_round), repeat(along)))
         marks.append(time.perf_counter())
         self.received.copy_(weighted_mean(self.trained[cohort], counts))
         marks.append(time.perf_counter())
-        evaluating = pool.map(_evaluate, [] if along else range(self.clients))
+        evaluating = pool.map(evaluate_client, [] if along else range(self.clients))
         self.model.flat.detach().copy_(self.received)
         evaluate(self.model, self.test, self.normaliser)  # while the clients do, as in the app
         list(evaluating)

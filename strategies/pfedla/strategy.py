@@ -64,7 +64,7 @@ class PFedLa(KeepingStrategy):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self.clients: list[str] = []
-        self.trained: dict[str, int] = {}
+        self.trained: dict[str, int] = {}  # as last_round, but also of clients that have lost what they kept
         self._known: dict[str, tuple[Tensor, list[int]]] = {}
 
     def configure_train(

@@ -17,11 +17,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import save_file
 
-from benchmarks.speed.floor import Floor, FloorWorker, _train
+from benchmarks.speed.apps.tutorial import identify, named_nodes
+from benchmarks.speed.floor import Floor, FloorWorker, train_client
 from benchmarks.speed.settings import SETTINGS
 
 POLL_SECONDS = 0.02
 client = ClientApp()
+client.query()(identify)
 server = ServerApp()
 
 
@@ -31,13 +33,6 @@ def kept_worker(setting: str) -> FloorWorker:
     floor = Floor(SETTINGS[setting])
     task, clients, received, trained = floor.arguments
     return FloorWorker(task, clients, received, trained)
-
-
-@client.query()
-def identify(message: Message, context: Context) -> Message:
-    """Tell which partition this node has."""
-    found = ConfigRecord({"client": context.node_config["partition-id"]})
-    return Message(RecordDict({"config": found}), reply_to=message)
 
 
 @client.train()
@@ -83,7 +78,10 @@ class GridPool(Executor):
 
     def map(self, fn: Callable[..., Any], *iterables: Any, **_: Any) -> Iterator[Any]:
         """Send messages at once, and wait for the replies when they are asked for."""
-        asked, kind = list(zip(*iterables, strict=False)), MessageType.TRAIN if fn is _train else MessageType.EVALUATE
+        asked, kind = (
+            list(zip(*iterables, strict=False)),
+            MessageType.TRAIN if fn is train_client else MessageType.EVALUATE,
+        )
         arrays, messages = ArrayRecord([self._floor.received.numpy()]), []
         for number, *more in asked:
             config = ConfigRecord(dict(zip(("server-round", "evaluating"), more, strict=False)))
@@ -93,10 +91,11 @@ class GridPool(Executor):
 
     def _answers(self, ids: Sequence[str], clients: Sequence[int]) -> Iterator[int | float]:
         replies: dict[str, Message] = {}
-        while len(replies) < len(ids):
-            found = self._grid.pull_messages([one for one in ids if one not in replies])
-            replies |= {reply.metadata.reply_to_message_id: reply for reply in found}
-            time.sleep(POLL_SECONDS)
+        while waiting := [one for one in ids if one not in replies]:
+            found = {reply.metadata.reply_to_message_id: reply for reply in self._grid.pull_messages(waiting)}
+            replies |= found
+            if len(found) < len(waiting):
+                time.sleep(POLL_SECONDS)
         for one, number in zip(ids, clients, strict=True):
             content = replies[one].content
             for values in content.array_records.values():
@@ -107,10 +106,7 @@ class GridPool(Executor):
 
 def run_over(grid: Grid, floor: Floor, out: Path) -> None:
     """Run all rounds of the plain loop over Flower's clients; write what it measured and the final adapter."""
-    while len(ids := list(grid.get_node_ids())) < floor.clients:
-        time.sleep(0.1)
-    replies = grid.send_and_receive([Message(RecordDict(), node, MessageType.QUERY) for node in ids])
-    nodes = {int(str(r.content.config_records["config"]["client"])): r.metadata.src_node_id for r in replies}
+    nodes = {int(name): node for name, node in named_nodes(grid, floor.clients).items()}
     found = floor.run(GridPool(grid, nodes, floor))
     (out / "found.json").write_text(json.dumps({"rounds": found.rounds, "parts": found.parts}))
     save_file(found.adapter, out / "adapter.safetensors")
