@@ -87,6 +87,7 @@ class Recorder:
         along = request.of_classes and request.taken == "training"
         self._tap = FeatureTap(model) if along else None
         self._moments = ClassMoments(*head_shape(model.layout), model.device) if along else None
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self._grams = GramTaps(model) if request.gram else None
 
     def __enter__(self) -> "Recorder":
@@ -109,7 +110,15 @@ class Recorder:
         if self._moments is not None and self._tap is not None and step >= self._since:
             correct = logits.detach().argmax(1) == labels
             chosen = correct if self._request.samples == "correct" else torch.ones_like(correct)
-            self._moments.add(self._tap.features, labels, chosen)
+            self._batches.append((self._tap.features.clone(), labels, chosen))
+            if len(self._batches) * len(labels) >= BATCH_SIZE:
+                self._take_in(self._moments)
+
+    def _take_in(self, moments: ClassMoments) -> None:
+        """Add several batches to the moments at once: what that takes grows with the classes, not with the samples."""
+        if self._batches:
+            moments.add(*(torch.cat(parts) for parts in zip(*self._batches, strict=True)))
+            self._batches.clear()
 
     def signals(self, data: ImageSet, normaliser: Normaliser, generator: torch.Generator) -> np.ndarray:
         """Return everything asked for, measuring what is taken after training.
@@ -156,6 +165,7 @@ class Recorder:
         if self._moments is None:
             return class_signals(self._request, self._model, data, normaliser) if self._request.of_classes else {}
         moments = self._moments
+        self._take_in(moments)
         found = {"class-count": moments.count, "class-variance": moments.variance()}
         if self._request.class_moments != "none":
             found |= {"class-mean": moments.mean, "class-variances": moments.variances()}
@@ -205,7 +215,7 @@ def features_of(
 
     With ``frozen`` the features are those of the backbone without adapter; the head is the trained one all the same.
     """
-    model.module.eval()
+    model.set_training(False)
     kept, constant = [], [parameter for parameter in model.module.parameters() if not parameter.requires_grad]
     with FeatureTap(model) as tap, model.module.disable_adapter() if frozen else nullcontext():
         for images, _ in eval_batches(data, BATCH_SIZE, normaliser):
@@ -272,7 +282,7 @@ def fisher_diagonal(
     Tensor, float32, [n]
         One entry per element of the flat array.
     """
-    model.module.eval()
+    model.set_training(False)
     gradient = model.flat.grad
     assert gradient is not None
     total, count = torch.zeros_like(gradient), min(max_samples, len(data))

@@ -70,7 +70,7 @@ def train(
     ModelError
         If a loss is not finite, before the optimizer steps.
     """
-    model.module.train()
+    model.set_training(True)
     flat, gradient = model.flat, model.flat.grad
     optimizer.state.clear()
     if optimizer_state:

@@ -42,7 +42,7 @@ def evaluate(model: AdaptedModel, data: ImageSet, normaliser: Normaliser, batch_
     Score
         Accuracy and loss; sums are taken in float64.
     """
-    model.module.eval()
+    model.set_training(False)
     hits = torch.zeros((), dtype=torch.int64, device=model.device)
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     for images, labels in eval_batches(data, batch_size, normaliser):

@@ -63,6 +63,11 @@ class AdaptedModel:
         """Where the model lies."""
         return self.flat.device
 
+    def set_training(self, training: bool) -> None:
+        """Put the model into training or evaluation mode; its many modules are visited only if it is in the other."""
+        if self.module.training != training:
+            self.module.train(training)
+
     def load(self, flat: np.ndarray) -> None:
         """Copy adapter and head into place.
 

@@ -154,9 +154,13 @@ def test_training_is_bit_for_bit_the_same_whatever_is_measured(dropout_model, ki
     assert two_rounds(request_) == two_rounds(SignalRequest())
 
 
+@pytest.mark.parametrize("at_once", [1, 20, 256])
 @pytest.mark.parametrize("samples", ["correct", "all"])
 @pytest.mark.parametrize(("max_steps", "since"), [(0, 8), (3, 0), (7, 4)])
-def test_class_moments_are_those_of_the_last_epochs_own_forward_passes(tiny_model, samples, max_steps, since):
+def test_class_moments_are_those_of_the_last_epochs_own_forward_passes(
+    tiny_model, samples, max_steps, since, at_once, monkeypatch
+):
+    monkeypatch.setattr(measuring, "BATCH_SIZE", at_once)
     initial, config = filled(tiny_model).read(), replace(CONFIG, max_steps=max_steps)
     request = SignalRequest(class_variance=True, class_moments="diagonal", samples=samples)
     found = by_name(measured(tiny_model, request, config), request, tiny_model)

@@ -79,6 +79,7 @@ def test_every_value_out_of_range_is_refused_by_its_key(key, value):
         ("train.lr", math.nan, "train.lr=nan is not a finite number."),
         ("train.optimizer", "adam", "train.optimizer='adam' is not one of: adamw, sgd."),
         ("backbone.mean", [0.5, 0.5], "backbone.mean=[0.5, 0.5] must have 3 items."),
+        ("backbone.mean", [[], [], []], "backbone.mean=[[], [], []] must be a list of single values."),
         ("backbone.std", [0.5, 0.5, 0.0], "backbone.std=0.0 must be greater than 0.0."),
     ],
 )

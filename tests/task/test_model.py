@@ -207,6 +207,12 @@ def test_dropout_acts_in_training_mode_only(tiny_task, images):
         assert not torch.allclose(model(images), model(images))
 
 
+def test_modes_are_those_of_all_modules(tiny_model):
+    for training in (True, True, False, False, True):
+        tiny_model.set_training(training)
+        assert {module.training for module in tiny_model.module.modules()} == {training}
+
+
 def test_without_dropout_training_mode_computes_the_same(tiny_model, images):
     filled(tiny_model)
     with torch.no_grad():
