@@ -26,12 +26,11 @@ class MarkedProcesses:
     """
 
     def __init__(self, name: str, value: str) -> None:
-        self._name = name
-        self._value = value
+        self.name, self.value = name, value
 
     def find(self) -> list[psutil.Process]:
         """Return those that live now."""
-        return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(self._name) == self._value]
+        return [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get(self.name) == self.value]
 
     def signal(self, number: int, command: str | None = None) -> int:
         """Send a signal to those that run `command`, or to all; return how many there were."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.speed import bare, computing, deployed, growth, machine, server, signals, simulation, startup, step
+from benchmarks.speed import computing, deployed, growth, machine, server, signals, simulation, startup, step
 from benchmarks.speed.results import Found, write
 from task.errors import PetalwiseError
 
@@ -21,7 +21,6 @@ CASES: dict[str, Callable[[int], Found]] = {
     "signals": signals.measure,
     "server": server.measure,
     "simulation": simulation.measure,
-    "bare": bare.measure,
     "deployed": deployed.measure,
     "startup": startup.measure,
     "growth": growth.measure,

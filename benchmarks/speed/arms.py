@@ -1,21 +1,26 @@
 """The arms of a comparison: this app through ``flwr run``, other Flower apps, and a plain loop; each run by run."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
+from uuid import uuid4
 
 from safetensors.torch import load_file
 
-from benchmarks.speed.floor import ArmRun, Floor, mean_of_each
+from benchmarks.speed.arm_run import ROUNDS, ArmRun, mean_of_each
 from benchmarks.speed.processor import RoundWatch
 from benchmarks.speed.settings import Setting
 from task.config import task_to_json
 from task.errors import PetalwiseError
 from task.model import canonical_name
+from tools.processes import MarkedProcesses
 from tools.simulation import SimulationSuperLink
 
 APP = Path(__file__).resolve().parents[2]
@@ -52,21 +57,34 @@ clientapp = "{name}_app:client"
 class Arm(Protocol):
     """One way to run a setting."""
 
-    def run(self, setting: Setting) -> ArmRun:
-        """Run it once, from the start."""
+    @property
+    def processes(self) -> MarkedProcesses:
+        """All that it runs in."""
+        ...
+
+    def run(self, setting: Setting, folder: Path) -> ArmRun:
+        """Run it once, from the start; rounds that have ended are told in an empty folder."""
         ...
 
 
 class FloorArm:
-    """The plain loop."""
+    """The plain loop, in processes of its own."""
 
-    def run(self, setting: Setting) -> ArmRun:
+    def __init__(self) -> None:
+        self.processes = MarkedProcesses("PETALWISE_ARM", uuid4().hex)
+
+    def run(self, setting: Setting, folder: Path) -> ArmRun:
         """Run it once, from the start."""
-        return Floor(setting).run_in_processes()
+        command = [sys.executable, "-m", "benchmarks.speed.floor", setting.to_json(), str(folder)]
+        environment = {**os.environ, self.processes.name: self.processes.value}
+        done = subprocess.run(command, cwd=APP, env=environment, capture_output=True, encoding="utf-8", check=False)
+        if done.returncode:
+            raise PetalwiseError(f"The plain loop ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        return ArmRun.read(folder)
 
 
-class AppArm:
-    """The app, through ``flwr run``.
+class LinkArm:
+    """An arm that runs on a SuperLink of its own.
 
     Parameters
     ----------
@@ -77,27 +95,32 @@ class AppArm:
     def __init__(self, link: SimulationSuperLink) -> None:
         self._link = link
 
-    def run(self, setting: Setting) -> ArmRun:
+    @property
+    def processes(self) -> MarkedProcesses:
+        """The SuperLink and all that it has started."""
+        return self._link.processes
+
+
+class AppArm(LinkArm):
+    """The app, through ``flwr run``."""
+
+    def run(self, setting: Setting, folder: Path) -> ArmRun:
         """Run it once, from the start."""
-        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
-            with RoundWatch(self._link.processes, Path(scratch), (1, setting.rounds - 1)) as watch:
-                _completed(self._link, APP, setting.run_config, setting.clients, Path(scratch))
-            (folder,) = Path(scratch).iterdir()
-            reports = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+        with RoundWatch(self.processes, folder, (1, setting.rounds - 1)) as watch:
+            _completed(self._link, APP, setting.run_config, setting.clients, folder)
+        (run_folder,) = folder.iterdir()
+        reports = [json.loads(line) for line in (run_folder / ROUNDS).read_text(encoding="utf-8").splitlines()]
+        saved = load_file(run_folder / "adapter" / "adapter_model.safetensors")
         seconds = [report["seconds"] for report in reports[1:]][setting.steady]
         adapter = {canonical_name(name): value for name, value in saved.items()}
         rounds = [taken["total"] + taken["keep"] for taken in seconds]
         return ArmRun(rounds, mean_of_each(seconds), adapter, watch.cores_used())
 
 
-class TutorialArm:
+class TutorialArm(LinkArm):
     """The Flower app in :mod:`benchmarks.speed.apps.tutorial`."""
 
-    def __init__(self, link: SimulationSuperLink) -> None:
-        self._link = link
-
-    def run(self, setting: Setting) -> ArmRun:
+    def run(self, setting: Setting, folder: Path) -> ArmRun:
         """Run it once, from the start."""
         run = setting.compose()
         config: dict[str, str | float] = {
@@ -106,45 +129,42 @@ class TutorialArm:
             "clients": setting.clients,
             "fraction-train": run.strategy.fraction_train,
         }
-        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
-            out = run_other_app(self._link, "tutorial", config, setting.clients, Path(scratch))
-            ended: list[float] = json.loads((out / "ended.json").read_text())
-            adapter = load_file(out / "adapter.safetensors")
-        return ArmRun([b - a for a, b in pairwise(ended[1:])], {}, adapter)
+        out = run_other_app(self._link, "tutorial", config, setting.clients, folder)
+        ended: list[float] = json.loads((out / "ended.json").read_text(encoding="utf-8"))
+        return ArmRun([b - a for a, b in pairwise(ended[1:])], {}, load_file(out / "adapter.safetensors"))
 
 
-class BareArm:
+class BareArm(LinkArm):
     """The Flower app in :mod:`benchmarks.speed.apps.bare`."""
 
-    def __init__(self, link: SimulationSuperLink) -> None:
-        self._link = link
-
-    def run(self, setting: Setting) -> ArmRun:
+    def run(self, setting: Setting, folder: Path) -> ArmRun:
         """Run it once, from the start."""
-        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
-            config = {"setting": setting.name}
-            out = run_other_app(self._link, "bare", config, setting.clients, Path(scratch), WHOLE)
-            found = json.loads((out / "found.json").read_text())
-            adapter = load_file(out / "adapter.safetensors")
-        return ArmRun(found["rounds"], found["parts"], adapter)
+        config = {"setting": setting.to_json()}
+        return ArmRun.read(run_other_app(self._link, "bare", config, setting.clients, folder, WHOLE))
 
 
-class EmptyArm:
+class EmptyArm(LinkArm):
     """The Flower app in :mod:`benchmarks.speed.apps.empty`, with as many values and clients."""
 
     def __init__(self, link: SimulationSuperLink, size: int) -> None:
-        self._link, self._size = link, size
+        super().__init__(link)
+        self._size = size
 
-    def run(self, setting: Setting) -> ArmRun:
+    def run(self, setting: Setting, folder: Path) -> ArmRun:
         """Run it once, from the start."""
         cohort = round(setting.compose().strategy.fraction_train * setting.clients)
         config = {"size": self._size, "rounds": 10, "clients": setting.clients, "cohort": cohort}
-        with tempfile.TemporaryDirectory(prefix="plw-") as scratch:
-            out = run_other_app(self._link, "empty", config, setting.clients, Path(scratch))
-            rounds = json.loads((out / "rounds.json").read_text())[1:]
+        out = run_other_app(self._link, "empty", config, setting.clients, folder)
+        rounds = json.loads((out / "rounds.json").read_text(encoding="utf-8"))[1:]
         if setting.one_phase:
             rounds = [{"train": taken["train"], "evaluate": 0.0} for taken in rounds]
         return ArmRun([sum(taken.values()) for taken in rounds], mean_of_each(rounds), {})
+
+
+def run_alone(arm: Arm, setting: Setting) -> ArmRun:
+    """Run an arm once, with the machine to itself."""
+    with tempfile.TemporaryDirectory(prefix="plw-") as folder:
+        return arm.run(setting, Path(folder))
 
 
 def run_other_app(

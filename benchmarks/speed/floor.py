@@ -4,17 +4,19 @@ Worker processes of one thread each keep model and images in memory; the adapter
 """
 
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
 from itertools import repeat
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from benchmarks.speed.arm_run import ArmRun, append_round, mean_of_each
 from benchmarks.speed.processor import ProcessorTime, cores_used
 from benchmarks.speed.settings import NUM_WORKERS, Setting
 from client_app.node import Node
@@ -30,20 +32,6 @@ from task.seeding import derive_seed, generator_for
 
 ACTORS_NICENESS = 15
 """That of Ray's workers, so that other load on the machine hinders both alike."""
-
-
-@dataclass(frozen=True)
-class ArmRun:
-    """What one run of an arm gave."""
-
-    rounds: list[float]
-    """Seconds of each measured round."""
-    parts: dict[str, float]
-    """Seconds of the parts of a measured round, mean."""
-    adapter: dict[str, Tensor]
-    """Adapter and head after the last round, by name; empty where nothing is trained."""
-    cores: dict[str, float] = field(default_factory=dict)
-    """How many cores a steady round keeps busy, by whose work it is; empty where that is not measured."""
 
 
 class FloorWorker:
@@ -150,16 +138,13 @@ class Floor:
         """What a worker is made from."""
         return task_to_json(self.run_config.settings), self.clients, self.received, self.trained
 
-    def run_in_processes(self) -> ArmRun:
-        """Run all rounds over worker processes."""
-        with ProcessPoolExecutor(NUM_WORKERS, get_context("spawn"), start_process, self.arguments) as pool:
-            return self.run(pool)
-
-    def run(self, pool: Executor) -> ArmRun:
-        """Run all rounds over a pool of workers, and keep the times of the steady ones."""
+    def run(self, pool: Executor, folder: Path) -> ArmRun:
+        """Run all rounds over a pool of workers; tell in a folder when each ends, and keep times of the steady ones."""
         taken, noted, processor = [], [], ProcessorTime()
+        append_round(folder, {})
         for server_round in range(1, self.setting.rounds + 1):
             taken.append(self._round(pool, server_round))
+            append_round(folder, taken[-1])
             noted.append(processor.note_here())
         taken, cores = taken[self.setting.steady], cores_used(noted[0], noted[self.setting.steady][-1])
         views = self.model.layout.views(self.received)
@@ -186,13 +171,19 @@ class Floor:
         return {name: marks[number + 1] - marks[number] for number, name in enumerate(names)}
 
 
-def mean_of_each(taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average the parts of several rounds; where one has them not, they are 0."""
-    names = dict.fromkeys(name for parts in taken for name in parts)
-    return {name: sum(parts.get(name, 0.0) for parts in taken) / len(taken) for name in names}
-
-
 def weighted_mean(rows: Tensor, counts: Iterable[int]) -> Tensor:
     """Average rows [clients, n], weighted by numbers of images."""
     weights = torch.tensor(list(counts), dtype=torch.float32)
     return (weights / weights.sum()) @ rows
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run a setting, given as JSON, over worker processes; leave in a folder what it gave."""
+    setting, folder = Setting.from_json(argv[0]), Path(argv[1])
+    floor = Floor(setting)
+    with ProcessPoolExecutor(NUM_WORKERS, get_context("spawn"), start_process, floor.arguments) as pool:
+        floor.run(pool, folder).write(folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

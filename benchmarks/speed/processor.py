@@ -14,6 +14,7 @@ from typing import Self
 
 import psutil
 
+from benchmarks.speed.arm_run import rounds_ended
 from tools.processes import MarkedProcesses
 
 POLL_SECONDS = 0.1
@@ -111,8 +112,7 @@ class RoundWatch:
     def _watch(self) -> list[dict[str, float]]:
         spent, noted = ProcessorTime(), list[dict[str, float]]()
         while len(noted) < len(self._rounds) and not self._stop.wait(POLL_SECONDS):
-            lines = sum(len(file.read_bytes().splitlines()) for file in self._runs_dir.glob("*/metrics.jsonl"))
-            if lines > self._rounds[len(noted)]:  # the first is of round 0
+            if rounds_ended(self._runs_dir)[0] > self._rounds[len(noted)]:  # the first is of round 0
                 noted.append(spent.note(self._processes.find()))
         return noted
 

@@ -1,6 +1,7 @@
 """What is simulated and measured: bound by what happens around training or by training, in two phases or in one."""
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 
 from server_app.compose import ComposedRun, compose_run
 from task.backbone import resolved
@@ -38,6 +39,16 @@ class Setting:
         run = compose_run({}, [*self.overrides, f"num_server_rounds={self.rounds}"])
         run.settings.backbone = resolved(run.settings.backbone)
         return run
+
+    def to_json(self) -> str:
+        """Serialise it, for another process."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Setting":
+        """Rebuild it."""
+        values = json.loads(text)
+        return Setting(**values | {"overrides": tuple(values["overrides"])})
 
     @property
     def run_config(self) -> list[str]:

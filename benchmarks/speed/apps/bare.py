@@ -3,7 +3,6 @@
 What is between it and the plain loop is what Flower and Ray take; what is between it and the app is the app's own.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
@@ -15,11 +14,10 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from safetensors.torch import save_file
 
 from benchmarks.speed.apps.tutorial import identify, named_nodes
 from benchmarks.speed.floor import Floor, FloorWorker, train_client
-from benchmarks.speed.settings import SETTINGS
+from benchmarks.speed.settings import Setting
 
 POLL_SECONDS = 0.02
 client = ClientApp()
@@ -30,7 +28,7 @@ server = ServerApp()
 @lru_cache(maxsize=1)
 def kept_worker(setting: str) -> FloorWorker:
     """Make this process's worker, of the plain loop's kind, at its first message."""
-    floor = Floor(SETTINGS[setting])
+    floor = Floor(Setting.from_json(setting))
     task, clients, received, trained = floor.arguments
     return FloorWorker(task, clients, received, trained)
 
@@ -105,15 +103,13 @@ class GridPool(Executor):
 
 
 def run_over(grid: Grid, floor: Floor, out: Path) -> None:
-    """Run all rounds of the plain loop over Flower's clients; write what it measured and the final adapter."""
+    """Run all rounds of the plain loop over Flower's clients; leave in a folder what it gave."""
     nodes = {int(name): node for name, node in named_nodes(grid, floor.clients).items()}
-    found = floor.run(GridPool(grid, nodes, floor))
-    (out / "found.json").write_text(json.dumps({"rounds": found.rounds, "parts": found.parts}))
-    save_file(found.adapter, out / "adapter.safetensors")
+    floor.run(GridPool(grid, nodes, floor), out).write(out)
 
 
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the setting that the run config names."""
     config = context.run_config
-    run_over(grid, Floor(SETTINGS[str(config["setting"])]), Path(str(config["runs-dir"])))
+    run_over(grid, Floor(Setting.from_json(str(config["setting"]))), Path(str(config["runs-dir"])))

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from benchmarks.speed import step
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.apps import bare, empty, tutorial
+from benchmarks.speed.arm_run import ArmRun, rounds_ended
+from benchmarks.speed.arms import FloorArm, run_alone
 from benchmarks.speed.floor import Floor, start_worker
 from benchmarks.speed.processor import num_cores
 from benchmarks.speed.results import Table
@@ -76,35 +78,35 @@ def tutorial_adapter(folder):
 
 
 def bare_adapter(folder):
-    bare.run_over(in_process(bare.client, {"setting": "small"}), Floor(SMALL), folder)
-    found = json.loads((folder / "found.json").read_text())
-    assert len(found["rounds"]) == SMALL.rounds - 1
-    assert set(found["parts"]) == {"train", "aggregate", "evaluate"}
-    return load_file(folder / "adapter.safetensors")
+    folder.mkdir()
+    config = {"setting": SMALL.to_json(), "runs-dir": str(folder)}
+    bare.server(in_process(bare.client, config), server_context(config))
+    found = ArmRun.read(folder)
+    assert len(found.rounds) == SMALL.rounds - 1
+    assert set(found.parts) == {"train", "aggregate", "evaluate"}
+    return found.adapter
 
 
-def test_all_arms_end_with_the_same_adapter(tmp_path, monkeypatch):
-    monkeypatch.setitem(SETTINGS, "small", SMALL)
-    floor = Floor(SMALL)
-    with ThreadPoolExecutor(1, initializer=start_worker, initargs=floor.arguments) as pool:
-        found = floor.run(pool)
+def test_all_arms_end_with_the_same_adapter(tmp_path):
+    found = run_alone(FloorArm(), SMALL)  # in processes of its own
     assert len(found.rounds) == SMALL.rounds - 1
     assert set(found.parts) == {"train", "aggregate", "evaluate"}
     ours = app_adapter(tmp_path / "runs")
     check_same(found.adapter, ours)
     check_same(tutorial_adapter(tmp_path / "tutorial"), ours)
-    check_same(bare_adapter(tmp_path), ours)
+    check_same(bare_adapter(tmp_path / "bare"), ours)
 
 
 @pytest.mark.parametrize(("setting", "evaluations"), [(SMALL, [5, 5]), (one_phase(SMALL), [3, 3, 5])])
-def test_the_plain_loop_evaluates_what_the_app_does(setting, evaluations, monkeypatch):
+def test_the_plain_loop_evaluates_what_the_app_does(setting, evaluations, monkeypatch, tmp_path):
     """The server, and all four clients in a phase of their own; or the cohort of two, but after the last round all."""
     calls, ends, whole_round = [], [], Floor._round
     monkeypatch.setattr("benchmarks.speed.floor.evaluate", lambda *given: calls.append(given) or evaluate(*given))
     monkeypatch.setattr(Floor, "_round", lambda *given: (whole_round(*given), ends.append(len(calls)))[0])
     floor = Floor(setting)
     with ThreadPoolExecutor(1, initializer=start_worker, initargs=floor.arguments) as pool:
-        found = floor.run(pool)
+        found = floor.run(pool, tmp_path)
+    assert rounds_ended(tmp_path)[0] == 1 + setting.rounds
     assert [end - before for before, end in pairwise([0, *ends])] == evaluations
     assert len(found.rounds) == 1
     assert 0 < sum(found.cores.values()) <= num_cores() + 0.2
