@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -216,8 +216,16 @@ def _wrong_override(error: HydraException) -> str:
     if isinstance(error, OverrideParseException):
         return f"The override {error.override!r} is not of the form key=value: {first_line(error)}."
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-        return explained(cause)
+        return explained(cause) + _who_has_it(cause)
     if isinstance(cause, OmegaConfBaseException):
         override = first_line(error).removeprefix("Error merging override ")
         return f"The override {override!r} cannot be used: {first_line(cause)}."
     return " ".join(str(error).splitlines()[:2])
+
+
+def _who_has_it(error: ConfigAttributeError | ConfigKeyError) -> str:
+    """Name the strategies or schedules that have a key which the chosen one has not, in a sentence after a blank."""
+    group, _, key = (error.full_key or "").rpartition(".")
+    kinds = {"strategy": STRATEGIES, "schedule": SCHEDULES}.get(group, {})
+    found = [name for name, kind in kinds.items() if key in {item.name for item in fields(kind.Config)}]
+    return f" It is an option of {' or '.join(f'{group}={name}' for name in found)}." if found else ""

@@ -148,6 +148,12 @@ class ClientDirectory:
         return {refusal.client: refusal.reason for refusal in self.refused.values()}
 
     @property
+    def moved(self) -> bool:
+        """Whether no client of earlier rounds is here as it was, and one is refused: as with another number of clients."""
+        earlier = self.named.keys()
+        return not earlier & self.nodes.keys() and bool(earlier & self.refusals.keys())
+
+    @property
     def partitions(self) -> dict[str, str]:
         """The part of a data set that a client holds, by client, of those that hold one, in identity order."""
         shares = ((client, self.shares.get(client, "")) for client in self.identities)
@@ -187,7 +193,9 @@ class ClientDirectory:
             self.examples[name] = examples if isinstance(examples, int) and 0 < examples <= MAX_EXAMPLES else 0
 
     def _share_problem(self, name: str, share: str) -> str:
-        """Say who has a client's images already, or nothing."""
+        """Say which other images a client had before, or who has its images already, or nothing."""
+        if (was := self.named.get(name)) and share != was:
+            return f"{_moved(was, share)}; start it as then"
         holder = self._holders.get(share, name)
         return f"client {holder} has {share} already; give it a `partition-id` of its own" if holder != name else ""
 
@@ -200,6 +208,14 @@ class ClientDirectory:
         self.unanswered[node] = self.unanswered.get(node, 0) + 1
         if self.unanswered[node] >= MAX_QUERIES:
             self.refused[node] = Refusal(f"node-{node}", f"it did not say who it is: {reason[:MAX_REASON_LENGTH]}")
+
+
+def _moved(was: str, share: str) -> str:
+    """Say what has become of a client's part of a data set, such as ``partition 3 of 10``."""
+    then, now = was.rpartition(" of ")[2], share.rpartition(" of ")[2]
+    if now and then != now:
+        return f"the images are shared by {now} clients, but by {then} in this run's earlier rounds"
+    return f"it has {share or 'images of its own'}, but had {was} in this run's earlier rounds"
 
 
 def _asked(grid: Grid, messages: list[Message], timeout: float) -> tuple[dict[int, Message], list[Message]]:

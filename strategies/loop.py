@@ -83,6 +83,8 @@ class RoundLoop:
         while True:
             self._discover()
             found, now = len(directory.nodes), time.monotonic()
+            if directory.moved:
+                raise TooFewClientsError(f"No client of this run is here as it was. {grouped(directory.refusals)}.")
             if found >= needed:
                 return
             if now - began > config.wait_for_clients or (len(directory.refused) >= needed and not found):

@@ -189,6 +189,10 @@ REFUSALS = {
     "~strategy": "strategy.name=None is not one of: ",
     "backbone=vit": "backbone='vit' is not one of: clip_base, deit_tiny, ",
     "train=fast": "train='fast' is not one of: default.",
+    "strategy.max_age=1": "strategy has no key 'max_age'; it has: name, fraction_train, min_clients, "
+    "min_available_clients, wait_for_clients, max_failed_rounds, evaluate_clients, evaluate_every, evaluate_tuned. "
+    "It is an option of strategy=pfedla.",
+    "schedule.factor=4": "schedule has no key 'factor'; it has: name. It is an option of schedule=fedlama.",
     "train.lrr=1": "train has no key 'lrr'; it has: optimizer, lr, weight_decay, momentum, batch_size, local_epochs, "
     "max_steps, augment, device, precision, compile, channels_last. Did you mean 'lr'?",
     "lr=1": "The config has no key 'lr'; it has: backbone, lora, dataset, partition, train, seed, strategy, "

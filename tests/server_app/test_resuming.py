@@ -19,7 +19,7 @@ from server_app.compose import compose_run
 from server_app.resuming import MAY_CHANGE, check_past, config_digest
 from server_app.saving import open_adapter
 from strategies.report import RoundReport
-from task.errors import ConfigError, StateError
+from task.errors import ConfigError, StateError, TooFewClientsError
 from tests.conftest import REPOSITORY
 from tests.server_app.test_app import DIGITS
 from tools.debug import InProcessGrid, simulated_nodes
@@ -310,6 +310,19 @@ def test_a_state_that_does_not_fit_is_refused_and_the_adapter_stays_as_it_was(tm
     with pytest.raises(StateError, match="The saved state is none of FedAvg"):
         run(tmp_path, ["num_server_rounds=5"], resume=str(folder))
     assert same(before, adapter(folder))
+
+
+@pytest.mark.parametrize("clients", [CLIENTS - 1, CLIENTS + 3])
+def test_another_number_of_clients_would_have_other_images_and_is_refused(tmp_path, clients):
+    folder = run(tmp_path, [])
+    before, rounds = adapter(folder), told(folder)
+    grid = InProcessGrid(client_app, simulated_nodes(clients))
+    sentence = f"the images are shared by {clients} clients, but by {CLIENTS} in this run's earlier rounds"
+    with pytest.raises(TooFewClientsError, match=sentence):
+        run(tmp_path, ["num_server_rounds=6"], grid, resume=str(folder))
+    assert same(before, adapter(folder))
+    assert told(folder) == rounds
+    run(tmp_path, ["num_server_rounds=6"], resume=str(folder))
 
 
 def test_every_key_that_differs_is_named_but_for_what_comes_with_another_strategy(tmp_path):

@@ -394,6 +394,18 @@ def test_every_client_s_partition_is_named_once_whenever_it_came(monkeypatch):
     assert [set(report.clients_partition) for report in reports] == [{"0", "1", "2", "3"}, set(), set()]
 
 
+def test_a_client_that_comes_back_with_other_images_is_refused_and_the_others_go_on():
+    script, reports = Script(share=lambda name: f"partition {name} of 4"), []
+    first, again = make_strategy("fedavg"), make_strategy("fedavg")
+    start(script, rounds=1, strategy=first)
+    script.share = lambda name: "partition 3 of 4" if name == "0" else f"partition {name} of 4"
+    grid = ShufflingGrid(scripted_app(script), NAMES)
+    again.start(grid, initial_arrays(), num_rounds=2, on_round=reports.append, state=first.state_dict())
+    refused = "it has partition 3 of 4, but had partition 0 of 4 in this run's earlier rounds; start it as then"
+    assert [report.clients_refused for report in reports] == [{"0": refused}]
+    assert reports[0].clients_used == ["1", "2"]
+
+
 def test_a_run_that_goes_on_names_those_who_came_meanwhile():
     script, reports = Script(share=lambda name: f"partition {name} of 4"), []
     first, again = make_strategy("fedavg"), make_strategy("fedavg")
