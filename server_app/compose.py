@@ -226,6 +226,6 @@ def _wrong_override(error: HydraException) -> str:
 def _who_has_it(error: ConfigAttributeError | ConfigKeyError) -> str:
     """Name the strategies or schedules that have a key which the chosen one has not, in a sentence after a blank."""
     group, _, key = (error.full_key or "").rpartition(".")
-    kinds = {"strategy": STRATEGIES, "schedule": SCHEDULES}.get(group, {})
+    kinds: Mapping[str, Any] = STRATEGIES if group == "strategy" else SCHEDULES if group == "schedule" else {}
     found = [name for name, kind in kinds.items() if key in {item.name for item in fields(kind.Config)}]
     return f" It is an option of {' or '.join(f'{group}={name}' for name in found)}." if found else ""

@@ -149,7 +149,7 @@ class ClientDirectory:
 
     @property
     def moved(self) -> bool:
-        """Whether no client of earlier rounds is here as it was, and one is refused: as with another number of clients."""
+        """Whether a client of earlier rounds is refused and none is here: so it is with another number of clients."""
         earlier = self.named.keys()
         return not earlier & self.nodes.keys() and bool(earlier & self.refusals.keys())
 
