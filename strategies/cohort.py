@@ -63,6 +63,8 @@ class Refusal:
     """A sentence for people."""
     name_taken: bool = False
     """Whether it would be welcome if no other node had its name; it is asked again once that node has left."""
+    moved: bool = False
+    """Whether it holds another part of the data than in earlier rounds."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ class ClientDirectory:
     examples: dict[str, int] = field(default_factory=dict)
     """Number of training images by identity, as far as clients say."""
     named: dict[str, str] = field(default_factory=dict)
-    """The share of the data that reports have named last, by identity."""
+    """The part of a data set that reports of earlier rounds have named, by identity; it stays a client's own."""
     _sent: dict[str, str] = field(default_factory=dict)
     _holders: dict[str, str] = field(default_factory=dict)
 
@@ -149,9 +151,8 @@ class ClientDirectory:
 
     @property
     def moved(self) -> bool:
-        """Whether a client of earlier rounds is refused and none is here: so it is with another number of clients."""
-        earlier = self.named.keys()
-        return not earlier & self.nodes.keys() and bool(earlier & self.refusals.keys())
+        """Whether all clients of earlier rounds hold other parts of the data, as with another number of clients."""
+        return bool(self.named) and self.named.keys() <= {one.client for one in self.refused.values() if one.moved}
 
     @property
     def partitions(self) -> dict[str, str]:
@@ -184,7 +185,8 @@ class ClientDirectory:
         if name_taken:
             problem = f"another node has the name {name!r} already; give every node its own `name` or `partition-id`"
         if problem:
-            self.refused[node] = Refusal(repr(name[:MAX_NAME_LENGTH])[1:-1], problem[:MAX_REASON_LENGTH], name_taken)
+            shown, moved = repr(name[:MAX_NAME_LENGTH])[1:-1], self._has_moved(name, share)
+            self.refused[node] = Refusal(shown, problem[:MAX_REASON_LENGTH], name_taken, moved)
         else:
             self.nodes[name], self.shares[name] = node, share
             if share:
@@ -194,10 +196,13 @@ class ClientDirectory:
 
     def _share_problem(self, name: str, share: str) -> str:
         """Say which other images a client had before, or who has its images already, or nothing."""
-        if (was := self.named.get(name)) and share != was:
-            return f"{_moved(was, share)}; start it as then"
+        if self._has_moved(name, share):
+            return f"{_moved(self.named[name], share)}; start it as then"
         holder = self._holders.get(share, name)
         return f"client {holder} has {share} already; give it a `partition-id` of its own" if holder != name else ""
+
+    def _has_moved(self, name: str, share: str) -> bool:
+        return self.named.get(name, share) != share
 
     def _note_silence(self, node: int, reason: str, context: TaskContext) -> None:
         """Count a query without a proper answer; an app without the query is known by its node id."""
@@ -212,10 +217,11 @@ class ClientDirectory:
 
 def _moved(was: str, share: str) -> str:
     """Say what has become of a client's part of a data set, such as ``partition 3 of 10``."""
-    then, now = was.rpartition(" of ")[2], share.rpartition(" of ")[2]
+    shown = repr(share[:MAX_NAME_LENGTH])[1:-1]
+    then, now = was.rpartition(" of ")[2], shown.rpartition(" of ")[2]
     if now and then != now:
         return f"the images are shared by {now} clients, but by {then} in this run's earlier rounds"
-    return f"it has {share or 'images of its own'}, but had {was} in this run's earlier rounds"
+    return f"it has {shown or 'images of its own'}, but had {was} in this run's earlier rounds"
 
 
 def _asked(grid: Grid, messages: list[Message], timeout: float) -> tuple[dict[int, Message], list[Message]]:

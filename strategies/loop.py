@@ -83,7 +83,7 @@ class RoundLoop:
         while True:
             self._discover()
             found, now = len(directory.nodes), time.monotonic()
-            if directory.moved and found + len(directory.refused) >= needed:
+            if directory.moved:
                 raise TooFewClientsError(f"No client of this run is here as it was. {grouped(directory.refusals)}.")
             if found >= needed:
                 return

@@ -1,8 +1,8 @@
 """Measure how fast the app is, and write docs/results/speed.md and runs/bench/speed.json.
 
 Run: ``python -m benchmarks.speed`` (``--only CASE``, ``--repeats N``). Every figure is a ratio of two measurements
-taken in turn in one run; other load on the machine widens its spread. Cases not run keep
-the figures that the JSON file has of them.
+taken in turn, or in slices of time, in one run; other load on the machine widens its spread.
+Cases not run keep the figures that the JSON file has of them.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.speed import computing, deployed, growth, machine, server, signals, simulation, startup, step
 from benchmarks.speed.results import Found, write
 from task.errors import PetalwiseError
+from tools.alone import signals_interrupt
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES: dict[str, Callable[[int], Found]] = {
@@ -38,12 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, not {arguments.repeats}")
     try:
-        for case in arguments.only:
-            described = machine.describe()
-            found = CASES[case](arguments.repeats)
-            write(arguments.json, arguments.markdown, case, found, described)
-            for key, ratio in found.ratios.items():
-                print(f"{key}: {ratio}, {ratio.pairs} pairs", flush=True)
+        with signals_interrupt():
+            for case in arguments.only:
+                described = machine.describe()
+                found = CASES[case](arguments.repeats)
+                write(arguments.json, arguments.markdown, case, found, described, CASES)
+                for key, ratio in found.ratios.items():
+                    print(f"{key}: {ratio}, {ratio.pairs} pairs", flush=True)
     except PetalwiseError as error:
         print(f"The benchmark stops: {error}", file=sys.stderr)
         return 1

@@ -24,8 +24,8 @@ from tools.processes import MarkedProcesses
 from tools.simulation import SimulationSuperLink
 
 APP = Path(__file__).resolve().parents[2]
-RUN_SECONDS = 1800.0
-"""How long a run may take; a minute or two on two cores."""
+RUN_SECONDS = 3600.0
+"""How long a run may take; minutes on two cores, and thrice as long where three arms share them."""
 SHARED = ("task", "strategies", "conf")
 """Folders of the app that the others' bundles take along."""
 WHOLE = (*SHARED, "client_app", "server_app", "tools", "benchmarks/speed")
@@ -77,7 +77,10 @@ class FloorArm:
         """Run it once, from the start."""
         command = [sys.executable, "-m", "benchmarks.speed.floor", setting.to_json(), str(folder)]
         environment = {**os.environ, self.processes.name: self.processes.value}
-        done = subprocess.run(command, cwd=APP, env=environment, capture_output=True, encoding="utf-8", check=False)
+        try:
+            done = subprocess.run(command, cwd=APP, env=environment, capture_output=True, encoding="utf-8", check=False)
+        finally:
+            self.processes.kill()  # its own, should it have been ended
         if done.returncode:
             raise PetalwiseError(f"The plain loop ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
         return ArmRun.read(folder)

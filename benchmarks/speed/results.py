@@ -1,7 +1,7 @@
 """What a case of the benchmark found, and how it is written down: JSON for programs, Markdown for people."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ class Found:
     """What explains them."""
 
 
-def write(file: Path, document: Path, case: str, found: Found, machine: Mapping[str, str]) -> None:
+def write(
+    file: Path, document: Path, case: str, found: Found, machine: Mapping[str, str], known: Collection[str]
+) -> None:
     """Put what a case found beside what other cases found before, and write the document anew.
 
     Parameters
@@ -49,8 +51,11 @@ def write(file: Path, document: Path, case: str, found: Found, machine: Mapping[
         Its figures.
     machine : Mapping[str, str]
         What they were taken on.
+    known : Collection[str]
+        Names of all cases; what the file has of others is dropped.
     """
-    cases = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
+    before = json.loads(file.read_text(encoding="utf-8"))["cases"] if file.exists() else {}
+    cases = {name: values for name, values in before.items() if name in known}
     cases[case] = {"machine": dict(machine), **asdict(found)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**nested_medians(cases), "cases": cases}, indent=1) + "\n", encoding="utf-8")

@@ -74,7 +74,7 @@ TWO_PHASES = (
         "overhead_bound",
         "ViT-Ti at 64 px, 20 clients, 10 per round, 5 steps of 16 images",
         clients=20,
-        rounds=6,
+        rounds=10,
         overrides=(
             "backbone=vit_tiny_augreg_in21k",
             "backbone.image_size=64",
@@ -88,7 +88,7 @@ TWO_PHASES = (
         "compute_bound",
         "DINOv2-S at 112 px, 4 clients, 10 steps of 16 images",
         clients=4,
-        rounds=4,
+        rounds=5,
         overrides=(
             "backbone=dinov2_small",
             "backbone.image_size=112",

@@ -1,7 +1,7 @@
 """Rounds of a simulation against a plain loop, a bare Flower app, a tutorial's Flower app, and beside an empty one."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 
 from benchmarks.speed.agreement import check_same
 from benchmarks.speed.arm_run import ArmRun
@@ -13,6 +13,7 @@ from benchmarks.speed.settings import SETTINGS, Setting
 from benchmarks.speed.slices import run_in_slices
 from tools.simulation import SimulationSuperLink
 
+ALONE_ROUNDS = 4
 SPEEDUP = 2.0
 """What is aimed at against the tutorial's app."""
 
@@ -23,25 +24,40 @@ def measure(repeats: int) -> Found:
     Parameters
     ----------
     repeats : int
-        Runs of every arm in slices; every steady round of them is a pair. The tutorial's app is run once, since it
-        builds everything anew for every message.
+        Runs of every arm in slices; every steady round of them is a pair.
     """
-    ratios, tables = {}, []
-    with ExitStack() as links:
-        ours, bare, tutorial = (links.enter_context(SimulationSuperLink()) for _ in range(3))
-        floor, app = FloorArm(), AppArm(ours)
-        for setting in SETTINGS.values():
-            floors, bares, apps = repeated((floor, BareArm(bare), app), setting, repeats)
-            ratios[f"simulation_efficiency.{setting.name}"] = paired(floors, apps, setting.target)
-            ratios[f"bare_flower_efficiency.{setting.name}"] = paired(floors, bares)
-            ratios[f"app_by_bare_flower.{setting.name}"] = paired(bares, apps)
-            if setting.name == "overhead_bound":
-                slow, fast = repeated((TutorialArm(tutorial), app), setting, 1)
-                ratios["naive_speedup"] = paired(slow, fast, SPEEDUP)
-            found, loop = run_alone(app, setting), run_alone(floor, setting)
-            size = sum(value.numel() for value in found.adapter.values())
-            empty = run_alone(EmptyArm(ours, size), setting)
-            tables += [parts_table(setting, found, loop, empty), cores_table(setting, found, loop)]
+    found = [part(setting, repeats) for setting in SETTINGS.values() for part in (efficiency, rounds_alone)]
+    ratios = {key: ratio for part in found for key, ratio in part.ratios.items()}
+    return Found(ratios, [table for part in found for table in part.tables])
+
+
+def efficiency(setting: Setting, repeats: int) -> Found:
+    """Compare the plain loop, the bare Flower app and this app in slices of time."""
+    with SimulationSuperLink() as one, SimulationSuperLink() as other:
+        floors, bares, apps = repeated((FloorArm(), BareArm(one), AppArm(other)), setting, repeats)
+    return Found(
+        {
+            f"simulation_efficiency.{setting.name}": paired(floors, apps, setting.target),
+            f"bare_flower_efficiency.{setting.name}": paired(floors, bares),
+            f"app_by_bare_flower.{setting.name}": paired(bares, apps),
+        }
+    )
+
+
+def rounds_alone(setting: Setting, _: int) -> Found:
+    """Say where a few rounds go that have the machine to themselves; of one setting, also what a tutorial's app takes.
+
+    That one builds everything anew for every message: in slices, the app would be stopped for too long meanwhile.
+    """
+    few = replace(setting, rounds=ALONE_ROUNDS + setting.one_phase)
+    with SimulationSuperLink() as link:
+        app, floor = run_alone(AppArm(link), few), run_alone(FloorArm(), few)
+        empty = run_alone(EmptyArm(link, sum(value.numel() for value in app.adapter.values())), few)
+        tables, ratios = [parts_table(setting, app, floor, empty), cores_table(setting, app, floor)], {}
+        if setting.name == "overhead_bound":
+            tutorial = run_alone(TutorialArm(link), few)
+            check_same(tutorial.adapter, app.adapter)
+            ratios["naive_speedup"] = paired([tutorial], [app], SPEEDUP)
     return Found(ratios, tables)
 
 
@@ -66,7 +82,7 @@ def paired(over: list[ArmRun], under: list[ArmRun], target: float | None = None)
 
 def parts_table(setting: Setting, app: ArmRun, floor: ArmRun, empty: ArmRun) -> Table:
     """Say where the time of a steady round goes, in seconds and as a share of the app's round."""
-    mine, loop, bare = with_round(app), with_round(floor), with_round(empty)
+    mine, loop, idle = with_round(app), with_round(floor), with_round(empty)
     other = "its other work: messages read and written, values copied into the model"
     evaluation = "evaluation by clients and server"
     if setting.one_phase:
@@ -74,12 +90,12 @@ def parts_table(setting: Setting, app: ArmRun, floor: ArmRun, empty: ArmRun) -> 
     rows = [
         ("batches and optimizer steps of the busiest worker", mine["steps"], None, None),
         (other, mine["train"] - mine["wait"] - mine["steps"], None, None),
-        ("Flower's queues and transfers, and the end of the phase", mine["wait"], None, bare["train"]),
-        ("training phase, all of the above", mine["train"], loop["train"], bare["train"]),
+        ("Flower's queues and transfers, and the end of the phase", mine["wait"], None, idle["train"]),
+        ("training phase, all of the above", mine["train"], loop["train"], idle["train"]),
         ("checks and aggregation", mine["aggregate"], loop["aggregate"], None),
-        (evaluation, mine["evaluate"], loop["evaluate"], bare["evaluate"]),
+        (evaluation, mine["evaluate"], loop["evaluate"], idle["evaluate"]),
         ("metrics and checkpoint written", mine["keep"], None, None),
-        ("round", mine["round"], loop["round"], bare["round"]),
+        ("round", mine["round"], loop["round"], idle["round"]),
     ]
     cells = [
         [

@@ -37,7 +37,3 @@ def test_ray_will_send_messages_along_with_calls(fresh):
 def test_what_a_user_has_set_stays():
     settings, _ = loaded(RAY_max_direct_call_object_size="1000")
     assert settings["RAY_max_direct_call_object_size"] == "1000"
-
-
-def test_no_large_library_is_imported(fresh):
-    assert {"torch", "timm", "peft", "transformers", "datasets", "ray"}.isdisjoint(fresh[1])

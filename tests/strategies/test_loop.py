@@ -406,6 +406,17 @@ def test_a_client_that_comes_back_with_other_images_is_refused_and_the_others_go
     assert reports[0].clients_used == ["1", "2"]
 
 
+def test_a_run_none_of_whose_clients_is_as_it_was_does_not_go_on_with_new_ones():
+    script = Script(share=lambda name: f"partition {name} of 3")
+    first, again = make_strategy("fedavg"), make_strategy("fedavg")
+    start(script, rounds=1, strategy=first)
+    script.share = lambda name: f"partition {name} of 6"
+    grid = ShufflingGrid(scripted_app(script), [str(number) for number in range(6)])
+    sentence = "3 clients .0, 1, 2.: the images are shared by 6 clients, but by 3 in this run's earlier rounds"
+    with pytest.raises(TooFewClientsError, match=sentence):
+        again.start(grid, initial_arrays(), num_rounds=2, state=first.state_dict())
+
+
 def test_a_run_that_goes_on_names_those_who_came_meanwhile():
     script, reports = Script(share=lambda name: f"partition {name} of 4"), []
     first, again = make_strategy("fedavg"), make_strategy("fedavg")

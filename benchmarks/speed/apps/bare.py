@@ -1,6 +1,7 @@
 """A Flower app with nothing around training but Flower: the plain loop, its processes exchanged for Flower's clients.
 
-What is between it and the plain loop is what Flower and Ray take; what is between it and the app is the app's own.
+What is between it and the plain loop is what Flower takes, and Ray, set up as by the app; what is between it and the app
+is the app's own.
 """
 
 import time
@@ -18,8 +19,10 @@ from flwr.serverapp import Grid, ServerApp
 from benchmarks.speed.apps.tutorial import identify, named_nodes
 from benchmarks.speed.floor import Floor, FloorWorker, train_client
 from benchmarks.speed.settings import Setting
+from task.ray_settings import set_up_ray
 
 POLL_SECONDS = 0.02
+set_up_ray()
 client = ClientApp()
 client.query()(identify)
 server = ServerApp()

@@ -10,6 +10,9 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from task.ray_settings import set_up_ray
+
+set_up_ray()
 client = ClientApp()
 server = ServerApp()
 

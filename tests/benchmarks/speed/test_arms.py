@@ -149,4 +149,4 @@ def test_all_settings_are_configs_of_the_app():
     runs = {name: setting.compose() for name, setting in SETTINGS.items()}
     assert [run.settings.backbone.image_size for run in runs.values()] == [64, 64, 112, 112]
     assert [run.strategy.evaluate_clients for run in runs.values()] == ["phase", "train"] * 2
-    assert SETTINGS["overhead_bound"].run_config[0].endswith('" num-server-rounds=6')
+    assert SETTINGS["overhead_bound"].run_config[0].endswith('" num-server-rounds=10')

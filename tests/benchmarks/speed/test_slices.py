@@ -66,6 +66,24 @@ def test_an_arm_that_fails_ends_the_others():
     assert other.processes.find() == []
 
 
+@pytest.mark.parametrize(
+    ("error", "sentence"), [(PetalwiseError("Flower lost it."), "Flower lost it"), (None, "ended after 1 of 10 rounds")]
+)
+def test_an_arm_that_ends_too_early_is_noticed_in_the_slice_of_another(error, sentence):
+    class Short(Working):
+        def run(self, setting, folder):
+            append_round(folder, {})
+            append_round(folder, {})
+            if error:
+                raise error
+            return ArmRun([], {}, {})
+
+    other = Working(60.0)
+    with pytest.raises(PetalwiseError, match=sentence):
+        run_in_slices((other, Short(1.0)), SETTING)
+    assert other.processes.find() == []
+
+
 def test_seconds_of_a_round_are_those_of_its_slices():
     run = SlicedRun(None, None, Future(), slices=[(0.0, 2.0), (5.0, 6.0), (9.0, 12.0)], ends=[1.0, 5.5, 10.0, 12.0])
     assert run.seconds() == [1.5, 1.5, 2.0]
