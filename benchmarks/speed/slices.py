@@ -8,7 +8,7 @@ stopped, and their clock with them.
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -132,9 +132,12 @@ def take_turns(runs: Sequence[SlicedRun], rounds: int) -> None:
     for until in (FIRST, rounds):
         while going := [run for run in runs if not run.ended(until)]:
             for run in going:
-                for other in runs:
-                    if other is not run:
-                        other.processes.signal(signal.SIGSTOP)
+                _stop(other for other in runs if other is not run)
                 run.have(SLICE_SECONDS)
                 for one in runs:
                     one.check(rounds)
+
+
+def _stop(runs: Iterable[SlicedRun]) -> None:
+    for run in runs:
+        run.processes.signal(signal.SIGSTOP)

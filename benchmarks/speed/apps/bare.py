@@ -1,7 +1,7 @@
 """A Flower app with nothing around training but Flower: the plain loop, its processes exchanged for Flower's clients.
 
-What is between it and the plain loop is what Flower takes, and Ray, set up as by the app; what is between it and the app
-is the app's own.
+What is between it and the plain loop is what Flower takes, and Ray, set up as by the app; what is between it and the
+app is the app's own.
 """
 
 import time
