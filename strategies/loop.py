@@ -48,9 +48,15 @@ class RoundLoop:
     on_round: OnRound | None = None
     first_round: int = 0
     """Where to begin: 0, or behind the rounds of a strategy that goes on."""
+    _evaluator: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    """One thread for the server's evaluations: a new one would bring new threads and buffers of torch every time."""
 
     def run(self) -> Result:
         """Find the clients and run the rounds; round 0 evaluates the initial model."""
+        with self._evaluator:
+            return self._run()
+
+    def _run(self) -> Result:
         result = Result(arrays=self.arrays)
         if 0 < self.first_round <= self.num_rounds:
             self.strategy.report = RoundReport(self.first_round - 1)
@@ -148,8 +154,8 @@ class RoundLoop:
         central = self._central(server_round, result.arrays)
         if not messages and central is None:
             return
-        with self._timed("evaluate"), ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(central) if central else None
+        with self._timed("evaluate"):
+            pending = self._evaluator.submit(central) if central else None
             found = strategy.aggregate_evaluate(server_round, self._exchange(messages)) if messages else None
             scored = pending.result() if pending else None
         if found is not None:
