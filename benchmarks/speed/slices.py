@@ -112,8 +112,7 @@ def run_in_slices(arms: Sequence[Arm], setting: Setting) -> list[ArmRun]:
                 run.processes.signal(signal.SIGCONT)
             found = [run.future.result() for run in runs]
         except BaseException:
-            for run in runs:
-                run.processes.kill()
+            _end(runs)
             raise
     return [
         replace(given, rounds=run.seconds()[setting.steady], parts={}, cores={})
@@ -141,3 +140,11 @@ def take_turns(runs: Sequence[SlicedRun], rounds: int) -> None:
 def _stop(runs: Iterable[SlicedRun]) -> None:
     for run in runs:
         run.processes.signal(signal.SIGSTOP)
+
+
+def _end(runs: Sequence[SlicedRun]) -> None:
+    """Kill all processes of runs, also those that are about to be started, until every run has ended."""
+    while not all(run.future.done() for run in runs):
+        for run in runs:
+            run.processes.kill()
+        time.sleep(POLL_SECONDS)
