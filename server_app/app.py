@@ -3,7 +3,7 @@
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from logging import ERROR, INFO, WARNING, LogRecord
@@ -32,7 +32,7 @@ from task.data.images import ImageSet, decode
 from task.data.sources import DATA_VARIABLE, load_split, node_location
 from task.delivery import packed_backbone
 from task.device import choose_device
-from task.errors import PetalwiseError, StateError
+from task.errors import OtherClientsError, PetalwiseError, StateError
 from task.messages import classes_digest
 from task.model import AdaptedModel, build_model
 from task.seeding import derive_seed
@@ -102,10 +102,10 @@ def run_federation(grid: Grid, run: ComposedRun, resume: str = "") -> Path:
     keeping = RoundKeeping(folder, run, strategy, past.reports if past else [], tracking)
     tracking.start(dict(flat(container(run.yaml))), folder.path)
     watched = GatheringGrid(grid, lambda messages, answered: folder.note(_state(strategy, messages, answered)))
-    with _followed(folder, strategy, tracking):
+    with past.kept_if_refused() if past else nullcontext(), _followed(folder, strategy, tracking):
         try:
             _run_rounds(watched, run, strategy, model, test, keeping, checkpoint)
-        except StateError:  # the saved state is refused before any round, and the adapter is still that of the past
+        except (StateError, OtherClientsError):  # before any round: the adapter is still that of the past
             raise
         except BaseException:
             with suppress(Exception):  # why the rounds ended is what is to be told

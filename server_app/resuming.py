@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
@@ -15,10 +16,10 @@ from yaml import YAMLError
 
 from server_app.checkpoints import Checkpoint, versions
 from server_app.compose import ComposedRun, check_composed, compose_run
-from server_app.run_folder import RunFolder
+from server_app.run_folder import RunFolder, State, read_state
 from strategies.report import RoundReport
 from task.config import first_line
-from task.errors import ConfigError
+from task.errors import ConfigError, OtherClientsError
 
 MAY_CHANGE = (
     "num_server_rounds",
@@ -49,6 +50,20 @@ class Past:
     """Its last checkpoint; None if it was cut short in its first round, so that it starts anew."""
     reports: list[RoundReport]
     """Reports of the rounds up to the checkpoint."""
+    config: str
+    """Its ``config.yaml`` as it was."""
+    state: State
+    """What it was at."""
+
+    @contextmanager
+    def kept_if_refused(self) -> Iterator[None]:
+        """Put config and state back as they were if other clients than the run's are there."""
+        try:
+            yield
+        except OtherClientsError:
+            self.folder.write_config(self.config)
+            self.folder.note(self.state)
+            raise
 
 
 def open_past(resume: str, given: ComposedRun) -> Past:
@@ -75,14 +90,15 @@ def open_past(resume: str, given: ComposedRun) -> Past:
     """
     folder = RunFolder(_existing(resume, Path(given.settings.runs_dir)))
     run, checkpoint = _agreed(folder, given)
+    config, state = folder.config.read_text(encoding="utf-8"), read_state(folder.path)
     folder.write_config(run.yaml)
     if checkpoint is None:
         folder.metrics.unlink(missing_ok=True)
         log(INFO, "%s has no checkpoint: the run starts anew in its folder.", folder.path.name)
-        return Past(run, folder, None, [])
+        return Past(run, folder, None, [], config, state)
     folder.checkpoints.forget_after(checkpoint.server_round)
     _compare_versions(checkpoint)
-    return Past(run, folder, checkpoint, folder.reports(checkpoint.metrics_bytes))
+    return Past(run, folder, checkpoint, folder.reports(checkpoint.metrics_bytes), config, state)
 
 
 def check_past(resume: str, given: ComposedRun) -> ComposedRun:
@@ -180,6 +196,8 @@ def _check_rounds(run: ComposedRun, checkpoint: Checkpoint | None) -> None:
     done, wanted = checkpoint.server_round if checkpoint else 0, run.settings.num_server_rounds
     if wanted < done:
         raise ConfigError(f"num-server-rounds={wanted}, but the run has done {done} rounds already.")
+    if wanted == done:
+        log(INFO, "All %d rounds are done; num-server-rounds makes it longer (any number but the default).", done)
 
 
 def _compare_versions(checkpoint: Checkpoint) -> None:

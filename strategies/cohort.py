@@ -150,9 +150,9 @@ class ClientDirectory:
         return {refusal.client: refusal.reason for refusal in self.refused.values()}
 
     @property
-    def moved(self) -> bool:
-        """Whether all clients of earlier rounds hold other parts of the data, as with another number of clients."""
-        return bool(self.named) and self.named.keys() <= {one.client for one in self.refused.values() if one.moved}
+    def moved(self) -> set[str]:
+        """Clients refused for holding another part of the data than in earlier rounds."""
+        return {refusal.client for refusal in self.refused.values() if refusal.moved}
 
     @property
     def partitions(self) -> dict[str, str]:

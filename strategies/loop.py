@@ -18,7 +18,7 @@ from strategies.ccvr.phase import calibrate, calibration_messages
 from strategies.cohort import grouped
 from strategies.replies import first_metrics
 from strategies.report import RoundReport
-from task.errors import TooFewClientsError
+from task.errors import OtherClientsError, TooFewClientsError
 from task.exchange import EVERYTHING
 from task.messages import ARRAYS, CONFIG, content_bytes
 from task.wire import num_bytes
@@ -89,8 +89,9 @@ class RoundLoop:
         while True:
             self._discover()
             found, now = len(directory.nodes), time.monotonic()
-            if directory.moved:
-                raise TooFewClientsError(f"No client of this run is here as it was. {grouped(directory.refusals)}.")
+            if self._others_are_here(needed):
+                why = grouped(directory.refusals)
+                raise OtherClientsError(f"No client of this run is here as it was. {why} (in simulation: --clients).")
             if found >= needed:
                 return
             if now - began > config.wait_for_clients or (len(directory.refused) >= needed and not found):
@@ -103,6 +104,12 @@ class RoundLoop:
             f"{found} client(s) can take part, {needed} are needed (strategy.min_available_clients, "
             f"strategy.min_clients). Refused: {grouped(directory.refusals) or 'none'}"
         )
+
+    def _others_are_here(self, needed: int) -> bool:
+        """Tell whether all clients of earlier rounds have moved, or all that are here: their number is another."""
+        directory = self.strategy.directory
+        moved = directory.moved
+        return bool(moved) and (moved >= directory.named.keys() or (not directory.nodes and len(moved) >= needed))
 
     def _discover(self) -> None:
         """Ask new nodes who they are, and count the bytes of it."""

@@ -32,6 +32,10 @@ class TooFewClientsError(PetalwiseError):
     """Too few clients gave usable replies for the run to go on."""
 
 
+class OtherClientsError(TooFewClientsError):
+    """The clients of a run that is to go on are not there, but others; nothing of the run has been changed."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Suggest the choice nearest to a mistyped word, as a sentence with a blank before it; empty if none is near."""
     near = difflib.get_close_matches(word, list(choices), n=1)
