@@ -36,11 +36,12 @@ sys.exit(int(sys.argv[4]))
 class Working:
     """Uses so many seconds of a core in each of its rounds."""
 
-    def __init__(self, seconds, code=0):
+    def __init__(self, seconds, code=0, rounds=SETTING.rounds):
+        self.rounds = rounds
         self.processes, self.seconds, self.code = MarkedProcesses("SLICES_TEST", uuid4().hex), seconds, code
 
     def run(self, setting, folder):
-        command = [sys.executable, "-c", WORK, str(folder), str(setting.rounds), str(self.seconds), str(self.code)]
+        command = [sys.executable, "-c", WORK, str(folder), str(self.rounds), str(self.seconds), str(self.code)]
         environment = {**os.environ, self.processes.name: self.processes.value}
         if subprocess.run(command, env=environment, check=False).returncode:
             raise PetalwiseError("It ended badly.")
@@ -60,7 +61,7 @@ def test_a_round_lasts_as_long_as_its_arm_had_the_machine(monkeypatch):
 
 
 def test_an_arm_that_fails_ends_the_others():
-    failing, other = Working(0.01, code=3), Working(60.0)
+    failing, other = Working(0.01, code=3, rounds=0), Working(60.0)  # later, it would be held until the other's end
     with pytest.raises(PetalwiseError, match="It ended badly"):
         run_in_slices((failing, other), SETTING)
     assert other.processes.find() == []
