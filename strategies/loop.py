@@ -48,7 +48,7 @@ class RoundLoop:
     on_round: OnRound | None = None
     first_round: int = 0
     """Where to begin: 0, or behind the rounds of a strategy that goes on."""
-    _evaluator: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    _evaluator: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(1))
     """One thread for the server's evaluations: a new one would bring new threads and buffers of torch every time."""
 
     def run(self) -> Result:

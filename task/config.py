@@ -201,10 +201,11 @@ def validate(config: Any, path: str = "") -> None:
             raise ConfigError(f"{name}={value} must have {items} items.")
         if dataclasses.is_dataclass(value):
             validate(value, f"{name}.")
-        flat = "list[list" not in str(item.type)
-        for entry in value if isinstance(value, list) else [value]:
-            if flat and isinstance(value, list) and isinstance(entry, list | dict):  # OmegaConf lets it pass
-                raise ConfigError(f"{name}={value} must be a list of single values.")
+        entries = value if isinstance(value, list) else [value]
+        nested = isinstance(value, list) and any(isinstance(entry, list | dict) for entry in value)
+        if nested and "list[list" not in str(item.type):  # OmegaConf lets it pass
+            raise ConfigError(f"{name}={value} must be a list of single values.")
+        for entry in entries:
             _check_bounds(name, entry, dict(item.metadata))
 
 

@@ -46,10 +46,11 @@ def append_round(folder: Path, parts: Mapping[str, float]) -> None:
 
 def rounds_ended(folder: Path) -> tuple[int, float]:
     """Count the lines of rounds in an arm's folder; also return when the last was written, seconds since the epoch."""
-    for file in (*folder.glob(ROUNDS), *folder.glob(f"*/{ROUNDS}")):
-        count = len(file.read_bytes().splitlines())
-        return count, file.stat().st_mtime  # in this order: never that of the line before
-    return 0, 0.0
+    found = [*folder.glob(ROUNDS), *folder.glob(f"*/{ROUNDS}")]
+    if not found:
+        return 0, 0.0
+    count = len(found[0].read_bytes().splitlines())
+    return count, found[0].stat().st_mtime  # in this order: never that of the line before
 
 
 def mean_of_each(taken: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def measure(repeats: int) -> Found:
     repeats : int
         Runs of every arm in slices; every steady round of them is a pair.
     """
-    found = [part(setting, repeats) for setting in SETTINGS.values() for part in (efficiency, rounds_alone)]
+    found = [part for one in SETTINGS.values() for part in (efficiency(one, repeats), rounds_alone(one))]
     ratios = {key: ratio for part in found for key, ratio in part.ratios.items()}
     return Found(ratios, [table for part in found for table in part.tables])
 
@@ -44,7 +44,7 @@ def efficiency(setting: Setting, repeats: int) -> Found:
     )
 
 
-def rounds_alone(setting: Setting, _: int) -> Found:
+def rounds_alone(setting: Setting) -> Found:
     """Say where a few rounds go that have the machine to themselves; of one setting, also what a tutorial's app takes.
 
     That one builds everything anew for every message: in slices, the app would be stopped for too long meanwhile.

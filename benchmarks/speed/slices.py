@@ -144,7 +144,9 @@ def _stop(runs: Iterable[SlicedRun]) -> None:
 
 def _end(runs: Sequence[SlicedRun]) -> None:
     """Kill all processes of runs, also those that are about to be started, until every run has ended."""
-    while not all(run.future.done() for run in runs):
+    while True:
         for run in runs:
             run.processes.kill()
+        if all(run.future.done() for run in runs):
+            return
         time.sleep(POLL_SECONDS)

@@ -79,10 +79,8 @@ class GridPool(Executor):
 
     def map(self, fn: Callable[..., Any], *iterables: Any, **_: Any) -> Iterator[Any]:
         """Send messages at once, and wait for the replies when they are asked for."""
-        asked, kind = (
-            list(zip(*iterables, strict=False)),
-            MessageType.TRAIN if fn is train_client else MessageType.EVALUATE,
-        )
+        kind = MessageType.TRAIN if fn is train_client else MessageType.EVALUATE
+        asked = list(zip(*iterables, strict=False))
         arrays, messages = ArrayRecord([self._floor.received.numpy()]), []
         for number, *more in asked:
             config = ConfigRecord(dict(zip(("server-round", "evaluating"), more, strict=False)))
